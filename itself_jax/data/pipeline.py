@@ -1,0 +1,311 @@
+"""Input pipeline: identity-balanced training batches and padded evaluation batches.
+
+The training stream is a pure function of (seed, step): the sampler of (seed, epoch), the
+augmentation of (seed, position in the run). So it is the same for any number of threads and worker
+processes, and resuming means starting at a step; there is no iterator state to save.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from itself_jax.data import records, transforms
+from itself_jax.data import tokenizer as tokenizer_lib
+
+
+class Batch(NamedTuple):
+    images: np.ndarray  # (b, H, W, 3) uint8
+    erase: np.ndarray  # (b, 4) int32 top, left, height, width; height 0: nothing to erase
+    captions: np.ndarray  # (b, t) int32 token ids
+    pids: np.ndarray  # (b,) int32 identity labels 0..c-1
+    epoch: np.ndarray  # () int32, from 1
+
+
+def epoch_order(
+    pids: np.ndarray, *, batch_size: int, num_instances: int, seed: int, epoch: int
+) -> np.ndarray:
+    """Draws one epoch of identity-balanced batches.
+
+    Each identity's pairs are shuffled and cut into groups of `num_instances`; remainders are
+    dropped for this epoch, and an identity with fewer pairs has one group drawn with replacement.
+    Each batch takes the next group of batch_size/num_instances identities, drawn uniformly among
+    those that have groups left; the epoch ends when these are too few. So its length varies
+    slightly between epochs.
+
+    Args:
+      pids: (p,) identity of every pair.
+      batch_size: pairs per batch, a multiple of `num_instances`.
+      num_instances: pairs per identity in a batch.
+      seed: of the run, >= 0.
+      epoch: from 1; the result depends on (seed, epoch) only.
+
+    Returns:
+      (steps * batch_size,) int32 indices into `pids`; groups are contiguous.
+
+    Raises:
+      ValueError: `batch_size` is no multiple of `num_instances`.
+      records.DataError: too few identities for one batch.
+    """
+    if num_instances < 1 or batch_size < 1 or batch_size % num_instances:
+        raise ValueError(
+            f"batch_size={batch_size} must be a positive multiple of num_instances={num_instances}."
+        )
+    per_batch = batch_size // num_instances
+    _, labels, counts = np.unique(pids, return_inverse=True, return_counts=True)
+    if len(counts) < per_batch:
+        raise records.DataError(
+            f"batch_size={batch_size} with num_instances={num_instances} needs {per_batch} "
+            f"identities per batch, but the data has {len(counts)}; lower batch_size."
+        )
+    rng = np.random.default_rng([seed, epoch])
+
+    # All groups of identity i are rows first_group[i] : first_group[i + 1] of `groups`.
+    num_groups = np.maximum(counts // num_instances, 1)
+    first_group = np.concatenate([[0], np.cumsum(num_groups)])
+    first_pair = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    shuffled = np.lexsort((rng.random(len(labels)), labels))  # by identity, random within
+    owner = np.repeat(np.arange(len(counts)), num_groups)
+    rank = np.arange(first_group[-1]) - first_group[owner]
+    within = rank[:, None] * num_instances + np.arange(num_instances)
+    few = counts[owner] < num_instances
+    within[few] = rng.integers(0, counts[owner[few], None], (few.sum(), num_instances))
+    groups = shuffled[first_pair[owner, None] + within].astype(np.int32)
+
+    next_group = first_group[:-1].copy()
+    available = np.arange(len(counts))
+    chosen = []
+    while len(available) >= per_batch:
+        drawn = available[rng.choice(len(available), per_batch, replace=False)]
+        chosen.append(next_group[drawn])
+        next_group[drawn] += 1
+        available = available[next_group[available] < first_group[available + 1]]
+    return groups[np.concatenate(chosen)].reshape(-1)
+
+
+class TrainStream:
+    """All training batches of a run, addressed by step (0-based, over all epochs).
+
+    Args:
+      split: the training split, identities relabelled 0..c-1.
+      tokenizer: all captions are tokenised once, here.
+      image_size: (H, W) in pixels.
+      batch_size: pairs per batch, a multiple of `num_instances`.
+      num_instances: pairs per identity in a batch.
+      num_epochs: length of the run.
+      seed: of sampler and augmentation, >= 0.
+      augment_image: flip, shift and erase; False leaves pixels as decoded and no box to erase.
+      augment_caption: mask, replace and delete words.
+      num_workers: worker processes; 0 decodes in threads of this process. Workers are spawned, so
+        a script needs `if __name__ == "__main__"` and parsed absl flags (`absl.app.run`).
+      num_threads: batches being built at a time, in this process or in each worker.
+      cache_bytes: keep decoded images in memory if all of them fit (only with num_workers=0).
+
+    Raises:
+      ValueError: `batch_size` is no multiple of `num_instances`.
+      records.DataError: too few identities for one batch.
+    """
+
+    def __init__(
+        self,
+        split: records.Split,
+        tokenizer: tokenizer_lib.Tokenizer,
+        *,
+        image_size: tuple[int, int],
+        batch_size: int,
+        num_instances: int,
+        num_epochs: int,
+        seed: int,
+        augment_image: bool,
+        augment_caption: bool,
+        num_workers: int = 0,
+        num_threads: int = 2,
+        cache_bytes: int = 512 << 20,
+    ):
+        self._num_workers = num_workers
+        self._num_threads = num_threads
+        orders = [
+            epoch_order(
+                split.caption_ids,
+                batch_size=batch_size,
+                num_instances=num_instances,
+                seed=seed,
+                epoch=epoch,
+            )
+            for epoch in range(1, num_epochs + 1)
+        ]
+        self.steps_per_epoch = tuple(len(order) // batch_size for order in orders)
+        self.total_steps = sum(self.steps_per_epoch)
+        pairs = [np.zeros((0, batch_size), np.int32), *(o.reshape(-1, batch_size) for o in orders)]
+        self._source = _BatchSource(
+            split=split,
+            captions=tokenizer.encode_batch(split.captions),
+            pairs=np.concatenate(pairs),
+            epochs=np.repeat(np.arange(1, num_epochs + 1, dtype=np.int32), self.steps_per_epoch),
+            image_size=image_size,
+            seed=seed,
+            augment_image=augment_image,
+            augment_caption=augment_caption,
+            cache_bytes=0 if num_workers else cache_bytes,
+        )
+
+    def epoch_of(self, step: int) -> int:
+        """Returns the epoch, from 1, that the batch of this step belongs to."""
+        return int(self._source.epochs[self._checked(step)])
+
+    def pairs(self, step: int) -> np.ndarray:
+        """Returns the (b,) int32 caption indices of this step's batch."""
+        return self._source.pairs[self._checked(step)]
+
+    def paths(self, step: int) -> list[str]:
+        """Returns the b image files of this step's batch, to name them in an error."""
+        split = self._source.split
+        images = split.caption_images[self.pairs(step)]
+        return [str(split.image_root / split.image_paths[image]) for image in images]
+
+    def batches(self, start_step: int = 0) -> grain.DatasetIterator[Batch]:
+        """Returns one iterator over the batches of steps start_step..total_steps-1.
+
+        Call its `close()` when done, which stops threads and workers.
+
+        Raises:
+          ValueError: `start_step` is not in 0..total_steps.
+          records.DataError: from `next`, when an image cannot be read.
+        """
+        if not 0 <= start_step <= self.total_steps:
+            raise ValueError(f"start_step={start_step} is not in 0..{self.total_steps}.")
+        # Grain's own default buffers 500 elements, and an element is a whole batch here.
+        read_options = grain.ReadOptions(
+            num_threads=self._num_threads, prefetch_buffer_size=max(2, self._num_threads)
+        )
+        # Grain's iterator state is tied to the number of workers; slicing by step is not.
+        batches = grain.MapDataset.source(self._source)[start_step:]
+        dataset = batches.to_iter_dataset(read_options)
+        if self._num_workers:
+            options = grain.MultiprocessingOptions(
+                num_workers=self._num_workers, per_worker_buffer_size=2
+            )
+            dataset = dataset.mp_prefetch(options)
+        return iter(dataset)
+
+    def _checked(self, step: int) -> int:
+        if not 0 <= step < self.total_steps:
+            raise IndexError(f"step {step} is not in 0..{self.total_steps - 1}.")
+        return step
+
+
+class _BatchSource:
+    """Random access to training batches by step; sent to worker processes."""
+
+    def __init__(
+        self,
+        *,
+        split: records.Split,
+        captions: np.ndarray,
+        pairs: np.ndarray,
+        epochs: np.ndarray,
+        image_size: tuple[int, int],
+        seed: int,
+        augment_image: bool,
+        augment_caption: bool,
+        cache_bytes: int,
+    ):
+        self.split = split
+        self.pairs = pairs  # (steps, b) int32 caption indices
+        self.epochs = epochs  # (steps,) int32
+        self._captions = captions  # (q, t) int32
+        self._image_size = image_size
+        self._seed = seed
+        self._augment_image = augment_image
+        self._augment_caption = augment_caption
+        shape = (len(split.image_paths), *image_size, 3)
+        # np.empty takes memory only as images arrive.
+        self._cache = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
+        self._cached = np.zeros(len(split.image_paths), bool)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:  # Grain writes its source into logs and errors.
+        return f"_BatchSource({self.split.dataset} {self.split.split}, {len(self)} steps)"
+
+    def __getitem__(self, step: int) -> Batch:
+        pairs = self.pairs[step]
+        batch_size = len(pairs)
+        images = np.empty((batch_size, *self._image_size, 3), np.uint8)
+        erase = np.zeros((batch_size, 4), np.int32)
+        captions = self._captions[pairs]
+        for row, pair in enumerate(pairs):
+            # A position counts from 1 here: a trailing 0 does not change a seed, and
+            # [seed, 1, 0] would repeat the sampler's [seed, 1].
+            position = int(step) * batch_size + row
+            rng = np.random.default_rng([self._seed, 1, position + 1])
+            image = self._image(self.split.caption_images[pair])
+            if self._augment_image:
+                image, erase[row] = transforms.augment_image(rng, image)
+            images[row] = image
+            if self._augment_caption:
+                captions[row] = transforms.augment_caption(rng, captions[row])
+        epoch = np.asarray(self.epochs[step])
+        return Batch(images, erase, captions, self.split.caption_ids[pairs], epoch)
+
+    def _image(self, index: int) -> np.ndarray:
+        if self._cache is not None and self._cached[index]:
+            return self._cache[index]
+        path = self.split.image_root / self.split.image_paths[index]
+        image = transforms.load_image(path, self._image_size)
+        if self._cache is not None:
+            # Pixels first: another thread may look at the flag at any time.
+            self._cache[index] = image
+            self._cached[index] = True
+        return image
+
+
+def image_batches(
+    split: records.Split, *, image_size: tuple[int, int], batch_size: int, num_threads: int = 4
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields all images in annotation order as ((batch_size, H, W, 3) uint8, valid rows).
+
+    The last batch is filled up with copies of its row 0, so that one compiled shape serves all.
+    Threads decode up to two batches ahead.
+
+    Raises:
+      records.DataError: an image cannot be read.
+    """
+    paths = [split.image_root / path for path in split.image_paths]
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads, "image-decode")
+    try:
+        futures = (pool.submit(transforms.load_image, path, image_size) for path in paths)
+        ahead = collections.deque(itertools.islice(futures, 2 * batch_size))
+        while ahead:
+            images = np.empty((batch_size, *image_size, 3), np.uint8)
+            count = 0
+            while ahead and count < batch_size:
+                images[count] = ahead.popleft().result()
+                ahead.extend(itertools.islice(futures, 1))
+                count += 1
+            images[count:] = images[0]
+            yield images, count
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def caption_batches(
+    split: records.Split, tokenizer: tokenizer_lib.Tokenizer, *, batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields all captions in annotation order as ((batch_size, t) int32 ids, valid rows).
+
+    The last batch is filled up with copies of its row 0.
+    """
+    for start in range(0, len(split.captions), batch_size):
+        texts = split.captions[start : start + batch_size]
+        ids = np.empty((batch_size, tokenizer.text_length), np.int32)
+        ids[: len(texts)] = tokenizer.encode_batch(texts)
+        ids[len(texts) :] = ids[0]
+        yield ids, len(texts)
