@@ -1,0 +1,146 @@
+"""The losses of ITSELF as pure functions of embeddings and logits, all in float32.
+
+Embeddings enter un-normalised. `pids` are identity labels 0..C-1; pairs are aligned, row i of the
+images belongs to row i of the texts.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_EXACT = jax.lax.Precision.HIGHEST
+Logits = Callable[..., Float[Array, "p c"]]
+
+
+class HardNegatives(NamedTuple):
+    """Most similar element of another identity: an image for each text, a text for each image."""
+
+    image: Int[Array, " b"]
+    text: Int[Array, " b"]
+
+
+class BranchLosses(NamedTuple):
+    """Loss terms of one branch (global or local)."""
+
+    tal: Float[Array, ""]
+    cid: Float[Array, ""]
+    id: Float[Array, ""]
+
+
+def tal(
+    image: Float[Array, "b d"],
+    text: Float[Array, "b d"],
+    pids: Int[Array, " b"],
+    *,
+    temperature: float = 0.015,
+    margin: float = 0.1,
+) -> Float[Array, ""]:
+    """Triplet alignment loss, *summed* over the batch and over both directions (method section 5).
+
+        ℓ = max(0, margin − Σ_P α·S + τ·log Σ_neg exp(S/τ)),   α = softmax over positives of S/τ
+
+    No gradient flows through α. A row without negatives (a batch of one identity) has loss 0.
+    """
+    # Plain division, unlike CID's normalisation: three of them coexist in the reference.
+    image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
+    text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
+    similarity = jnp.einsum("td,id->ti", text, image, precision=_EXACT)
+    positive = pids[:, None] == pids[None, :]
+    return sum(_tal_rows(s, positive, temperature, margin) for s in (similarity, similarity.T))
+
+
+def _tal_rows(similarity, positive, temperature, margin):
+    scaled = similarity / temperature
+    alpha = jax.nn.softmax(jnp.where(positive, scaled, -jnp.inf), axis=1)
+    attraction = jnp.sum(jax.lax.stop_gradient(alpha) * similarity, axis=1)
+    has_negative = jnp.any(~positive, axis=1)
+    # Rows without negatives are masked before the logarithm, so that no NaN enters the gradient.
+    negatives = jnp.where(positive & has_negative[:, None], -jnp.inf, scaled)
+    repulsion = temperature * jax.nn.logsumexp(negatives, axis=1)
+    rows = jnp.maximum(0.0, margin - attraction + repulsion)
+    return jnp.sum(jnp.where(has_negative, rows, 0.0))
+
+
+def hard_negatives(
+    image: Float[Array, "b d"], text: Float[Array, "b d"], pids: Int[Array, " b"]
+) -> HardNegatives:
+    """Highest cosine among other identities; ties → lower index; index 0 when there is none."""
+    image, text = (
+        x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        for x in (jax.lax.stop_gradient(image), jax.lax.stop_gradient(text))
+    )
+    similarity = jnp.einsum("td,id->ti", text, image, precision=_EXACT)
+    others = jnp.where(pids[:, None] == pids[None, :], -jnp.inf, similarity)
+    return HardNegatives(image=jnp.argmax(others, axis=1), text=jnp.argmax(others, axis=0))
+
+
+def mismatch_label(pids: Int[Array, " b"], num_identities: int, rule: str) -> Int[Array, ""]:
+    """The class of a mismatched pair.
+
+    `batch_max` is the reference's: largest pid *in the batch* + 1, which is often the class of a
+    real identity. `extra_class` is the class C that no identity has.
+    """
+    if rule == "batch_max":
+        return jnp.max(pids) + 1
+    return jnp.asarray(num_identities, pids.dtype)
+
+
+def cross_entropy(
+    logits: Float[Array, "p c"], labels: Int[Array, " p"], weights: Float[Array, " p"] | None = None
+) -> Float[Array, ""]:
+    """Mean cross-entropy in nats; with weights, their weighted mean."""
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
+    losses = jax.nn.logsumexp(logits, axis=1) - picked
+    if weights is None:
+        return losses.mean()
+    return jnp.sum(losses * weights) / jnp.sum(weights)
+
+
+def cid(
+    image: Float[Array, "b d"],
+    text: Float[Array, "b d"],
+    pids: Int[Array, " b"],
+    pair_logits: Logits,
+    *,
+    mismatch: Int[Array, ""],
+) -> Float[Array, ""]:
+    """Cross-modal identity loss over 3B pairs (paper, Eq. 5): matched, hard image, hard text.
+
+    `pair_logits(first, second)` classifies concatenated pairs; both orders are classified and their
+    cross-entropies averaged. Gradients flow through the negatives. In a batch of one identity,
+    which has no negatives, the matched pairs alone count.
+    """
+    negatives = hard_negatives(image, text, pids)
+    images = jnp.concatenate([image, image[negatives.image], image])
+    texts = jnp.concatenate([text, text, text[negatives.text]])
+    mismatched = jnp.full_like(pids, mismatch)
+    labels = jnp.concatenate([pids, mismatched, mismatched])
+    has_negative = jnp.any(pids != pids[0]).astype(jnp.float32)
+    weights = jnp.concatenate([jnp.ones(len(pids)), jnp.full(2 * len(pids), has_negative)])
+    forward = cross_entropy(pair_logits(images, texts), labels, weights)
+    backward = cross_entropy(pair_logits(texts, images), labels, weights)
+    return (forward + backward) / 2
+
+
+def branch(
+    image: Float[Array, "b d"],
+    text: Float[Array, "b d"],
+    pids: Int[Array, " b"],
+    *,
+    pair_logits: Logits,
+    identity_logits: Logits,
+    mismatch: Int[Array, ""],
+    temperature: float = 0.015,
+    margin: float = 0.1,
+) -> BranchLosses:
+    """All terms of one branch; the total loss is the plain sum over terms and branches."""
+    image, text = image.astype(jnp.float32), text.astype(jnp.float32)
+    return BranchLosses(
+        tal=tal(image, text, pids, temperature=temperature, margin=margin),
+        cid=cid(image, text, pids, pair_logits, mismatch=mismatch),
+        id=cross_entropy(identity_logits(image), pids) + cross_entropy(identity_logits(text), pids),
+    )

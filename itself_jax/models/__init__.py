@@ -1,0 +1,1 @@
+"""CLIP encoders, saliency, GRAB and the whole model. Pure: no data, files or meshes here."""

@@ -1,0 +1,148 @@
+"""CLIP's pre-LN transformer, one module for both towers."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+
+class TransformerOutput(NamedTuple):
+    """Tokens after the last layer, and the attention maps of the layers that were asked for."""
+
+    tokens: Float[Array, "b n d"]
+    attention: Mapping[int, Float[Array, "b n n"]]
+
+
+def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """float32 compute means true float32 everywhere: no TF32 on GPU, no bfloat16 passes on TPU."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """CLIP's LayerNorm, always in float32. The fast variance would cost parity (cancellation)."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that can also return its head-averaged probabilities.
+
+    `in_proj` holds query, key and value side by side, CLIP's own layout.
+    """
+
+    heads: int
+    width_std: float
+    output_std: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None, *, keep_map: bool
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
+        b, n, d = x.shape
+        precision = matmul_precision(self.dtype)
+        dense = nn.Dense(
+            3 * d,
+            kernel_init=nn.initializers.normal(self.width_std),
+            dtype=self.dtype,
+            precision=precision,
+            name="in_proj",
+        )
+        q, k, v = jnp.moveaxis(dense(x).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
+        scale = (d // self.heads) ** -0.5
+        logits = jnp.einsum(
+            "bqhd,bkhd->bhqk",
+            q * jnp.asarray(scale, self.dtype),
+            k,
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        probabilities = jax.nn.softmax(logits, axis=-1)  # float32, whatever the compute type
+        # No gradient flows through the maps: they only choose tokens (paper, section 3.2).
+        attention = jax.lax.stop_gradient(probabilities).mean(axis=1) if keep_map else None
+        out = jnp.einsum(
+            "bhqk,bkhd->bqhd", probabilities.astype(self.dtype), v, precision=precision
+        )
+        out = nn.Dense(
+            d,
+            kernel_init=nn.initializers.normal(self.output_std),
+            dtype=self.dtype,
+            precision=precision,
+            name="out_proj",
+        )(out.reshape(b, n, d))
+        return out, attention
+
+
+class Block(nn.Module):
+    """x + Attention(LN(x)), then x + MLP(LN(x)) with an MLP of 4x the width."""
+
+    heads: int
+    depth: int  # of the whole transformer: CLIP's initialisation shrinks with it
+    activation: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None, *, keep_map: bool
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
+        d = x.shape[-1]
+        width_std = d**-0.5
+        output_std = width_std * (2 * self.depth) ** -0.5
+        attended, attention = Attention(
+            self.heads, width_std, output_std, self.dtype, name="attention"
+        )(layer_norm("ln_1")(x).astype(self.dtype), mask, keep_map=keep_map)
+        x = x + attended
+        h = nn.Dense(
+            4 * d,
+            kernel_init=nn.initializers.normal((2 * d) ** -0.5),
+            dtype=self.dtype,
+            precision=matmul_precision(self.dtype),
+            name="mlp_in",
+        )(layer_norm("ln_2")(x).astype(self.dtype))
+        h = nn.Dense(
+            d,
+            kernel_init=nn.initializers.normal(output_std),
+            dtype=self.dtype,
+            precision=matmul_precision(self.dtype),
+            name="mlp_out",
+        )(ACTIVATIONS[self.activation](h))
+        return x + h, attention
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. `mask` says which keys (columns) each query (row) may attend to.
+
+    A plain Python loop rather than `nn.scan`: only the maps in `map_layers` are ever kept.
+    """
+
+    depth: int
+    heads: int
+    activation: str
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "n n"] | None = None,
+        *,
+        map_layers: Collection[int] = (),
+    ) -> TransformerOutput:
+        maps = {}
+        for layer in range(self.depth):
+            block = Block(
+                self.heads, self.depth, self.activation, self.dtype, name=f"layer_{layer}"
+            )
+            x, attention = block(x, mask, keep_map=layer in map_layers)
+            if attention is not None:
+                maps[layer] = attention
+        return TransformerOutput(x, maps)

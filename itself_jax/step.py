@@ -1,0 +1,258 @@
+"""The compiled step: pictures and ids in, one Adam update out. Needs no data library.
+
+`make` gathers what one step needs (model, optimiser, schedules) so that training, tests and
+benchmarks run the very same step.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, UInt8
+
+from itself_jax import config as config_lib
+from itself_jax import losses, optim
+from itself_jax.models import itself, saliency
+
+# CLIP's statistics of RGB in [0, 1].
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes. `step` counts finished optimiser steps."""
+
+    step: Int[Array, ""]
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """This step's values, not means: the sums of method section 5 and what the schedules gave."""
+
+    loss: Float[Array, ""]
+    loss_tal: Float[Array, ""]
+    loss_cid: Float[Array, ""]  # CID + ID, global + local
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]  # of the base group
+    bank_image: Int[Array, ""]
+    bank_text: Int[Array, ""]
+
+
+class Loss(NamedTuple):
+    """The total and what it was made of; `branches` is (global,) or (global, local)."""
+
+    total: Float[Array, ""]
+    branches: tuple[losses.BranchLosses, ...]
+    batch_stats: Any
+
+
+def compute_dtype(precision: str | None) -> jnp.dtype:
+    """bfloat16 on TPU and GPU, float32 on CPU, unless `precision` says which."""
+    if precision is None:
+        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(precision)
+
+
+def prepare_images(
+    pixels: UInt8[Array, "b y x 3"], erase: Int[Array, "b 4"] | None = None
+) -> Float[Array, "b y x 3"]:
+    """uint8 → CLIP's normalisation, then random erasing's boxes (top, left, height, width).
+
+    A box is filled with CLIP's *mean* values after normalisation, which is what the reference does
+    and not the mean colour; bytes cannot express it, so it happens here. Height 0 erases nothing.
+    """
+    mean, std = (np.array(x, np.float32).reshape(1, 1, 1, 3) for x in (IMAGE_MEAN, IMAGE_STD))
+    images = (pixels.astype(jnp.float32) / 255 - mean) / std
+    if erase is None:
+        return images
+    _, height, width, _ = pixels.shape
+    top, left, tall, wide = (erase[:, i, None] for i in range(4))
+    y, x = jnp.arange(height)[None], jnp.arange(width)[None]
+    inside_y = (y >= top) & (y < top + tall)
+    inside_x = (x >= left) & (x < left + wide)
+    inside = inside_y[:, :, None] & inside_x[:, None, :]
+    return jnp.where(inside[..., None], mean, images)
+
+
+def compute_loss(
+    model: itself.ITSELF,
+    settings: config_lib.Loss,
+    variables: Any,
+    images: Float[Array, "b y x 3"],
+    ids: Int[Array, "b t"],
+    pids: Int[Array, " b"],
+    k: itself.BankLimits,
+) -> Loss:
+    """One training-mode forward pass; the sum of all terms, each with weight 1 (method section 5)."""
+    image, text, batch_stats = encode(model, variables, images, ids, k)
+    mismatch = losses.mismatch_label(pids, model.num_identities, settings.mismatch_label)
+    pairs = [("global_heads", image.embedding.global_, text.embedding.global_)]
+    if model.local.enabled:
+        pairs.append(("local_heads", image.embedding.local, text.embedding.local))
+    branches = []
+    for name, image_embedding, text_embedding in pairs:
+        heads = itself.IdentityHeads(model.num_identities + 1, image_embedding.shape[-1])
+        bound = heads.bind({"params": variables["params"][name]})
+        branches.append(
+            losses.branch(
+                image_embedding,
+                text_embedding,
+                pids,
+                pair_logits=bound.pair_logits,
+                identity_logits=bound.identity_logits,
+                mismatch=mismatch,
+                temperature=settings.temperature,
+                margin=settings.margin,
+            )
+        )
+    total = sum(sum(branch) for branch in branches)
+    return Loss(total, tuple(branches), batch_stats)
+
+
+def encode(
+    model: itself.ITSELF,
+    variables: Any,
+    images: Float[Array, "b y x 3"],
+    ids: Int[Array, "b t"],
+    k: itself.BankLimits,
+) -> tuple[itself.Encoded, itself.Encoded, Any]:
+    """Both towers in training mode: (image, text, BatchNorm statistics after this batch)."""
+
+    def both(module: itself.ITSELF) -> tuple[itself.Encoded, itself.Encoded]:
+        return module.encode_image(images, k.image), module.encode_text(ids, k.text)
+
+    (image, text), updated = nn.apply(both, model, mutable=["batch_stats"])(variables)
+    return image, text, updated.get("batch_stats", {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Model, optimiser and schedules of a run, and its step as a pure function."""
+
+    config: config_lib.Config
+    model: itself.ITSELF
+    optimizer: optax.GradientTransformation
+    bank_schedule: np.ndarray  # (s, 2) int32: k of images and texts
+    rate_factors: np.ndarray  # (epochs + 1,) float64
+
+    def init(self, seed: int) -> TrainState:
+        """CLIP's own initialisation, a pure function of the seed."""
+        model = self.model.model
+        images = jnp.zeros((2, *model.image_size, 3))
+        ids = jnp.zeros((2, model.text_length), jnp.int32)
+        variables = self.model.init(jax.random.key(seed), images, ids)
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=variables["params"],
+            batch_stats=variables.get("batch_stats", {}),
+            opt_state=self.optimizer.init(variables["params"]),
+        )
+
+    def bank_limits(self, step: Int[Array, ""], epoch: Int[Array, ""]) -> itself.BankLimits:
+        """k of optimiser step `step` (from 1), read from the table inside the compiled step."""
+        position = epoch if self.config.local.ats_per_epoch else step
+        table = jnp.asarray(self.bank_schedule)
+        row = table[jnp.minimum(position, len(table) - 1)]
+        return itself.BankLimits(row[0], row[1])
+
+    def step(self, state: TrainState, batch: Any) -> tuple[TrainState, StepMetrics]:
+        """One optimiser step. `batch` has images (uint8), erase, captions, pids and epoch."""
+        step = state.step + 1
+        k = self.bank_limits(step, batch.epoch)
+        images = prepare_images(batch.images, batch.erase)
+
+        def loss_of(params: Any) -> tuple[Float[Array, ""], Loss]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            loss = compute_loss(
+                self.model, self.config.loss, variables, images, batch.captions, batch.pids, k
+            )
+            return loss.total, loss
+
+        gradients, loss = jax.grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        factor = jnp.asarray(self.rate_factors, jnp.float32)[batch.epoch]
+        params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
+        metrics = StepMetrics(
+            loss=loss.total,
+            loss_tal=sum(branch.tal for branch in loss.branches),
+            loss_cid=sum(branch.cid + branch.id for branch in loss.branches),
+            grad_norm=optax.global_norm(gradients),
+            learning_rate=factor * self.config.optim.learning_rate,
+            bank_image=k.image,
+            bank_text=k.text,
+        )
+        return TrainState(step, params, loss.batch_stats, opt_state), metrics
+
+    def encode_images(self, variables: Any, pixels: UInt8[Array, "b y x 3"]) -> itself.Embedding:
+        """Pictures → embeddings as evaluation uses them."""
+        images = prepare_images(pixels)
+        return self.model.apply(variables, images, method="encode_image").embedding
+
+    def encode_captions(self, variables: Any, ids: Int[Array, "b t"]) -> itself.Embedding:
+        """Token ids → embeddings as evaluation uses them."""
+        return self.model.apply(variables, ids, method="encode_text").embedding
+
+
+def make(
+    config: config_lib.Config, *, num_identities: int, steps_per_epoch: tuple[int, ...]
+) -> Training:
+    """Builds model, optimiser and schedules once, outside of any compiled function.
+
+    steps_per_epoch: exact optimiser steps of each epoch, for a horizon that counts epochs.
+    """
+    model = itself.ITSELF(
+        config.model, config.local, num_identities, compute_dtype(config.precision)
+    )
+    shapes = jax.eval_shape(
+        lambda: model.init(
+            jax.random.key(0),
+            jnp.zeros((2, *config.model.image_size, 3)),
+            jnp.zeros((2, config.model.text_length), jnp.int32),
+        )
+    )
+    return Training(
+        config=config,
+        model=model,
+        optimizer=optim.adam(shapes["params"], config.optim),
+        bank_schedule=bank_schedule(config, steps_per_epoch),
+        rate_factors=optim.learning_rate_factors(config.num_epochs, config.warmup_epochs),
+    )
+
+
+def bank_schedule(
+    config: config_lib.Config, steps_per_epoch: tuple[int, ...]
+) -> Int[np.ndarray, "s 2"]:
+    """k of images and texts by optimiser step (or by epoch with `local.ats_per_epoch`)."""
+    local = config.local
+    candidates = itself.candidates(config.model)
+    if not (local.enabled and local.ats):
+        return np.array([itself.bank_limits(config.model, local, True)], np.int32)
+    horizon = horizon_steps(local.ats_horizon_steps, steps_per_epoch)
+    if local.ats_per_epoch:
+        ends = np.cumsum(steps_per_epoch)
+        horizon = int(np.searchsorted(ends, horizon) + 1)  # the epoch in which the horizon lies
+    return np.stack(
+        [
+            saliency.bank_schedule(n, start=local.ratio_start, end=local.ratio_end, horizon=horizon)
+            for n in candidates
+        ],
+        axis=1,
+    )
+
+
+def horizon_steps(horizon: int | str, steps_per_epoch: tuple[int, ...]) -> int:
+    """ATS's T in optimiser steps; "10ep" is the end of the tenth epoch, exactly."""
+    if isinstance(horizon, int):
+        return horizon
+    if not horizon.endswith("ep"):
+        return int(horizon)
+    epochs = int(horizon.removesuffix("ep"))
+    mean = sum(steps_per_epoch) / len(steps_per_epoch)
+    beyond = max(0, epochs - len(steps_per_epoch))
+    return sum(steps_per_epoch[:epochs]) + round(beyond * mean)

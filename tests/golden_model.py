@@ -1,0 +1,143 @@
+"""The small golden model: reference weights in our names, inputs, and how close is close enough."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from itself_jax import config as config_lib
+from itself_jax.models import itself
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+NUM_IDENTITIES = 7
+
+MODEL = config_lib.Model(
+    patch_size=16,
+    image_size=(96, 32),
+    vision_width=128,
+    vision_depth=12,
+    vision_heads=2,
+    text_width=128,
+    text_depth=12,
+    text_heads=2,
+    text_length=77,
+    vocab_size=512,
+    embed_dim=64,
+)
+
+# Reference name → our path. A torch linear's weight is transposed, a convolution's axes reordered.
+_NAMES = (
+    (r"base_model\.visual\.(class_embedding)", r"image_encoder/\1"),
+    (r"base_model\.visual\.positional_embedding", "image_encoder/position_embedding"),
+    (r"base_model\.visual\.proj", "image_encoder/projection"),
+    (r"base_model\.visual\.conv1\.weight", "image_encoder/patch_embedding/kernel"),
+    (r"base_model\.visual\.(ln_\w+)\.(\w+)", r"image_encoder/\1/\2"),
+    (
+        r"base_model\.visual\.transformer\.resblocks\.(\d+)\.(.*)",
+        r"image_encoder/transformer/layer_\1/\2",
+    ),
+    (r"base_model\.transformer\.resblocks\.(\d+)\.(.*)", r"text_encoder/transformer/layer_\1/\2"),
+    (r"base_model\.positional_embedding", "text_encoder/position_embedding"),
+    (r"base_model\.text_projection", "text_encoder/projection"),
+    (r"base_model\.token_embedding\.weight", "text_encoder/token_embedding/embedding"),
+    (r"base_model\.ln_final\.(\w+)", r"text_encoder/ln_final/\1"),
+    (r"classifier_id_(\w+)\.(\w+)", r"\1_heads/identity_classifier/\2"),
+    (r"classifier_(\w+)\.(\w+)", r"\1_heads/pair_classifier/\2"),
+    (r"mlp_(\w+)\.0\.(\w+)", r"\1_heads/pair_mlp/\2"),
+    (r"mlp_(\w+)\.1\.(\w+)", r"\1_heads/pair_norm/\2"),
+    (r"visul_emb_layer\.linear\.(\w+)", r"image_grab/unused_skip_\1"),
+    (r"visul_emb_layer\.fc\.(\w+)", r"image_grab/skip/\1"),
+    (r"texual_emb_layer\.linear\.(\w+)", r"text_grab/skip/\1"),
+    (r"(\w+)_emb_layer\.mlp\.layers\.0\.(\w+)", r"\1_grab/mlp_in/\2"),
+    (r"(\w+)_emb_layer\.mlp\.layers\.1\.(\w+)", r"\1_grab/mlp_out/\2"),
+    (r"(\w+)_emb_layer\.mlp\.bns\.0\.(\w+)", r"\1_grab/norm/\2"),
+    (r"(\w+)_emb_layer\.mlp\.bns\.1\.(\w+)", r"\1_grab/unused_norm_\2"),
+)
+_PARTS = (
+    ("attn.in_proj_", "attention/in_proj/"),
+    ("attn.out_proj.", "attention/out_proj/"),
+    ("mlp.c_fc.", "mlp_in/"),
+    ("mlp.c_proj.", "mlp_out/"),
+    ("visul_", "image_"),
+    ("texual_", "text_"),
+    ("grab_heads", "local_heads"),
+    ("running_", ""),
+    ("num_batches_tracked", "batches"),
+    (".", "/"),
+)
+
+
+def our_name(name: str) -> str:
+    """The path of a reference tensor in our variables, without the collection."""
+    for pattern, replacement in _NAMES:
+        if re.fullmatch(pattern, name):
+            path = re.sub(pattern, replacement, name)
+            for old, new in _PARTS:
+                path = path.replace(old, new)
+            scale = re.search(r"(ln_\w+|norm|pair_norm)[/_]weight$", path)
+            return re.sub(r"weight$", "scale" if scale else "kernel", path)
+    raise KeyError(name)
+
+
+def our_array(name: str, value: np.ndarray) -> np.ndarray:
+    """A reference tensor in our layout; gradients and deltas are laid out alike."""
+    value = np.asarray(value)
+    if value.ndim == 4:
+        return value.transpose(2, 3, 1, 0)
+    transposed = value.ndim == 2 and name.endswith("weight") and "token_embedding" not in name
+    return value.T if transposed else value
+
+
+def variables(*, local: bool = True) -> dict:
+    """{"params", "batch_stats"} of the small golden state, float32."""
+    result: dict = {"params": {}, "batch_stats": {}}
+    with np.load(FOLDER / "small_s16_state.npz") as state:
+        for name in state.files:
+            path = our_name(name)
+            if not local and path.split("/")[0] in ("image_grab", "text_grab", "local_heads"):
+                continue
+            statistic = re.search(r"/(unused_norm_)?(mean|var|batches)$", path)
+            node = result["batch_stats" if statistic else "params"]
+            *parents, leaf = path.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            value = our_array(name, state[name])
+            node[leaf] = value.astype(np.int32 if leaf.endswith("batches") else np.float32)
+    return result
+
+
+def batch() -> dict[str, np.ndarray]:
+    """Pictures (8, 96, 32, 3) already normalised, ids (8, 77), pids (8,)."""
+    with np.load(FOLDER / "batch_mixed.npz") as data:
+        return {
+            "images": data["images"].astype(np.float32).transpose(0, 2, 3, 1),
+            "ids": data["caption_ids"].astype(np.int32),
+            "pids": data["pids"].astype(np.int32),
+        }
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+    """All arrays of one golden file."""
+    with np.load(FOLDER / name) as data:
+        return {key: data[key] for key in data.files}
+
+
+def build(**local) -> itself.ITSELF:
+    """The small model; keyword arguments are settings of the local branch."""
+    settings = config_lib.Local(dim=128, **local)
+    return itself.ITSELF(MODEL, settings, NUM_IDENTITIES)
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    """Leaves of a nested dict by path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
+    """Largest difference relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, f"{what}: {actual.shape} against {expected.shape}"
+    error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+    assert error <= tolerance, f"{what}: error {error:.2e} exceeds {tolerance:.0e}"
