@@ -1,0 +1,219 @@
+"""Evaluation of a split: encode it, keep its embeddings, write and print its metrics.
+
+Ranking itself is in `retrieval.py`. Nothing here knows the model: encoders are functions from a
+batch on the device to a named result with `global_` and `local`.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from itself_jax import retrieval
+
+METRICS = ("R1", "R5", "R10", "mAP", "mINP", "rSum")
+_DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
+
+
+def encode_corpus(
+    encode_image: Callable[[jax.Array], Any],
+    encode_text: Callable[[jax.Array], Any],
+    image_batches: Iterable[tuple[np.ndarray, int]],
+    caption_batches: Iterable[tuple[np.ndarray, int]],
+    *,
+    split,
+    should_stop: Callable[[], None] = lambda: None,
+    place: Callable[[np.ndarray], jax.Array] = jax.device_put,
+) -> retrieval.Embeddings:
+    """Encodes every image and every caption of a split once.
+
+    All batches of one side should have one shape, so that its encoder compiles once.
+
+    Args:
+        encode_image: uint8 images (b, H, W, 3) to a named tuple with `global_` (b, D) and `local`
+            (b, M) or None.
+        encode_text: int32 tokens (b, t) to the same.
+        image_batches: pairs (images, count); the rows from `count` on are padding.
+        caption_batches: pairs (tokens, count).
+        split: has `dataset`, `split`, `image_ids` and `caption_ids`; batches follow their order.
+        should_stop: called before each batch; may raise to abandon the evaluation.
+        place: moves a host batch to the device, or to the devices of a mesh.
+
+    Raises:
+        ValueError: the batches hold more or fewer rows than the split.
+    """
+    where = f"{split.dataset} {split.split}"
+    image_global, image_local = _encode(
+        encode_image,
+        image_batches,
+        len(split.image_ids),
+        what=f"images of {where}",
+        should_stop=should_stop,
+        place=place,
+    )
+    text_global, text_local = _encode(
+        encode_text,
+        caption_batches,
+        len(split.caption_ids),
+        what=f"captions of {where}",
+        should_stop=should_stop,
+        place=place,
+    )
+    return retrieval.Embeddings(
+        text_global=text_global,
+        text_local=text_local,
+        image_global=image_global,
+        image_local=image_local,
+        text_ids=np.asarray(split.caption_ids),
+        image_ids=np.asarray(split.image_ids),
+    )
+
+
+def _encode(
+    encode, batches, rows, *, what, should_stop, place
+) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n m"] | None]:
+    filled = 0
+    arrays: list[np.ndarray | None] = []
+
+    def collect(output, count):
+        nonlocal filled, arrays
+        parts = jax.device_get((output.global_, output.local))
+        if not arrays:
+            arrays = [x if x is None else np.empty((rows, x.shape[1]), np.float32) for x in parts]
+        if filled + count > rows:
+            raise ValueError(f"expected {rows} {what}, but the batches hold more")
+        for array, part in zip(arrays, parts, strict=True):
+            if array is not None:
+                array[filled : filled + count] = part[:count]
+        filled += count
+
+    pending = None
+    for batch, count in batches:
+        should_stop()
+        # Dispatch is asynchronous: the result of a batch is fetched only after the next one is
+        # decoded and queued, so host and device work at the same time.
+        output = encode(place(batch))
+        if pending is not None:
+            collect(*pending)
+        pending = output, count
+    if pending is not None:
+        collect(*pending)
+    if not rows or filled != rows:
+        raise ValueError(f"expected {rows} {what} (at least one), but the batches hold {filled}")
+    return arrays[0], arrays[1]
+
+
+def results(
+    rows: Sequence[retrieval.Row],
+    *,
+    dataset: str,
+    split: str,
+    queries: int,
+    gallery: int,
+    protocol: str,
+    chosen_alpha: float,
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The content of `results/<dataset>-<split>.json`; metrics in percent.
+
+    `queries` and `gallery` count captions and images. `skipped_queries` counts, per direction,
+    those without a positive: they are not part of the means. `extra` adds keys.
+    """
+    summary = {
+        "dataset": dataset,
+        "split": split,
+        "queries": int(queries),
+        "gallery": int(gallery),
+        "protocol": protocol,
+        "chosen_alpha": float(chosen_alpha),
+        "skipped_queries": {row.direction: row.metrics.skipped for row in rows},
+        "rows": [
+            {"direction": row.direction, "similarity": row.similarity}
+            | {name: getattr(row.metrics, name) for name in METRICS}
+            for row in rows
+        ],
+    }
+    if taken := sorted(summary.keys() & (extra or {}).keys()):
+        raise ValueError(f"extra results may not replace the keys {taken}")
+    return summary | dict(extra or {})
+
+
+def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> Path:
+    """Writes `results/<dataset>-<split>.json`; a reader sees the old file or the new one."""
+    path = Path(workdir) / "results" / f"{results['dataset']}-{results['split']}.json"
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    _write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def dump_embeddings(workdir: str | os.PathLike, split, embeddings: retrieval.Embeddings) -> Path:
+    """Writes `embeddings-<dataset>-<split>.npz`: float32, not normalised, in annotation order.
+
+    `text_local` and `image_local` are absent when the model has no local branch.
+    """
+    path = Path(workdir) / f"embeddings-{split.dataset}-{split.split}.npz"
+    arrays = {name: x for name, x in embeddings._asdict().items() if x is not None}
+    # Fixed-width text, not objects: the file then loads without pickle.
+    arrays["image_paths"] = np.asarray([str(p) for p in split.image_paths], dtype=np.str_)
+    _write_atomically(path, lambda file: np.savez(file, **arrays))
+    return path
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """Both directions as text, in percent; `>` marks the rows of the chosen weight."""
+    chosen = retrieval.similarity_name(results["chosen_alpha"])
+    width = max(len(row["similarity"]) for row in results["rows"])
+    lines = [
+        f"{results['dataset']} {results['split']}: {results['queries']} captions, "
+        f"{results['gallery']} images, protocol {results['protocol']}, chosen: {chosen}"
+    ]
+    for direction, title in _DIRECTIONS.items():
+        rows = [row for row in results["rows"] if row["direction"] == direction]
+        if not rows:
+            continue
+        skipped = results["skipped_queries"][direction]
+        note = f" ({skipped} queries without a positive skipped)" if skipped else ""
+        lines += ["", f"{title}{note}"]
+        lines.append("  " + " " * width + "".join(f"{name:>8}" for name in METRICS))
+        for row in rows:
+            mark = ">" if row["similarity"] == chosen else " "
+            cells = "".join(f"{row[name]:8.2f}" for name in METRICS)
+            lines.append(f"{mark} {row['similarity']:<{width}}{cells}")
+    return "\n".join(lines)
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    # Same folder, so that the rename stays within one file system; the process id keeps two runs
+    # on one folder from writing the same temporary file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        cause = _os_error(error) if isinstance(error, Exception) else None
+        if cause is None:
+            raise
+        raise OSError(
+            f"cannot write {path}: {cause.strerror or cause}; free space there or choose another "
+            "--workdir"
+        ) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    # On a full disk `np.savez` fails twice: closing its archive hides the OSError that it handles
+    # behind a ValueError about an open handle.
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error
