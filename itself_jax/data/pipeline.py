@@ -241,12 +241,12 @@ class _BatchSource:
         images = np.empty((batch_size, *self._image_size, 3), np.uint8)
         erase = np.zeros((batch_size, 4), np.int32)
         captions = self._captions[pairs]
-        for row, pair in enumerate(pairs):
+        for row, image_index in enumerate(self.split.caption_images[pairs].tolist()):
             # A position counts from 1 here: a trailing 0 does not change a seed, and
             # [seed, 1, 0] would repeat the sampler's [seed, 1].
             position = int(step) * batch_size + row
             rng = np.random.default_rng([self._seed, 1, position + 1])
-            image = self._image(self.split.caption_images[pair])
+            image = self._image(image_index)
             if self._augment_image:
                 image, erase[row] = transforms.augment_image(rng, image)
             images[row] = image

@@ -91,7 +91,7 @@ class Tokenizer:
             row[:] = self.encode(text)
         return rows
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: np.ndarray | Sequence[int]) -> str:
         """Returns the cleaned, lower-case text of the ids up to the first EOT, without SOT.
 
         Without an EOT, trailing PADs are dropped.
@@ -99,7 +99,7 @@ class Tokenizer:
         ids = _until_end(ids)
         return self._text(i for i in ids if i not in (SOT, EOT)).strip()
 
-    def tokens(self, ids: Iterable[int]) -> list[str]:
+    def tokens(self, ids: np.ndarray | Sequence[int]) -> list[str]:
         """Returns one readable piece per id, up to and with the first EOT (pads dropped).
 
         A piece that ends its word ends with a space, so that the pieces between SOT and EOT join
@@ -142,8 +142,8 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
 
-def _until_end(ids: Iterable[int]) -> list[int]:
-    ids = [int(i) for i in ids]
+def _until_end(ids: np.ndarray | Sequence[int]) -> list[int]:
+    ids = np.asarray(ids).tolist()
     if EOT in ids:
         return ids[: ids.index(EOT) + 1]
     while ids and ids[-1] == PAD:
