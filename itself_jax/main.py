@@ -1,0 +1,92 @@
+"""Trains or evaluates: `python -m itself_jax.main --config=configs/NAME.py --workdir=DIR`.
+
+Flags become a config, then `train.run` or `train.evaluate`. Exit codes: 0 done, 1 failed with one
+sentence, 2 flag or config rejected, 75 stopped by a signal after saving.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from itself_jax import config as config_lib
+from itself_jax import interrupt
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, e.g. configs/synthetic.py or configs/cuhk.py:baseline."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train and test, or evaluate only.")
+_DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+_INTERRUPTS = interrupt.Interrupts()
+_EXAMPLES = {"config": "configs/synthetic.py", "workdir": "/tmp/synthetic"}
+_REJECTED = 2
+_FAILED = 1
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; a rejected flag or key ends the program with 2 and one sentence."""
+    try:
+        known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
+        for argument in argv[1:]:
+            override = re.match(r"--config\.([^=]+)", argument)
+            if override and override.group(1) not in known:
+                raise config_lib.ConfigError(config_lib.unknown_key(override.group(1)))
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            raise flags.Error(f"unexpected argument {rest[1]!r}; values with spaces need quotes")
+        for name in ("config", "workdir"):
+            if not flags.FLAGS[name].present:
+                raise flags.Error(f"--{name} is required, e.g. --{name}={_EXAMPLES[name]}")
+        return rest
+    except (flags.Error, config_lib.ConfigError) as error:
+        _stop(_REJECTED, error)
+    except Exception as error:  # a config file is a program: it may fail in any way
+        _stop(_REJECTED, f"--config={_argument(argv, 'config')}: {error}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs the command; every way out but success is an exit code and a sentence."""
+    del argv
+    try:
+        try:
+            config = config_lib.from_dict(_CONFIG.value)
+        except OSError as error:  # the file could not be read
+            raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
+        # Imported late: a signal or a bad flag must not wait for jax.
+        from itself_jax import train
+
+        command = train.run if _MODE.value == "train" else train.evaluate_only
+        command(config, _WORKDIR.value, _INTERRUPTS)
+    except interrupt.Interrupted:
+        _stop(interrupt.EXIT_CODE, None)
+    except config_lib.ConfigError as error:
+        _stop(_REJECTED, error)
+    except Exception as error:
+        if _DEBUG.value:
+            raise
+        _stop(_FAILED, error)
+
+
+def _argument(argv: Sequence[str], name: str) -> str:
+    values = [a.partition("=")[2] for a in argv if a.startswith(f"--{name}=")]
+    return values[-1] if values else ""
+
+
+def _stop(code: int, reason: object) -> NoReturn:
+    """Prints the one sentence and exits."""
+    if reason is not None:
+        text = " ".join(str(reason).split()) or type(reason).__name__
+        expected = isinstance(reason, (ValueError, RuntimeError, OSError, flags.Error, str))
+        kind = "" if expected else f"{type(reason).__name__}: "
+        print(f"itself_jax: {kind}{text}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    _INTERRUPTS.install()
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,517 @@
+"""The main job: train, validate, save, resume, and test the best checkpoint once."""
+
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import tqdm
+
+from itself_jax import checkpoint, evaluate, interrupt, retrieval, sharding, step, workdir
+from itself_jax import config as config_lib
+from itself_jax.data import pipeline, records, synthetic, tokenizer
+
+Log = Callable[[str], None]
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training diverged; the message names the step and the file with the batch's pictures."""
+
+
+class Progress(NamedTuple):
+    """Where a run stands beside its arrays; saved with every checkpoint."""
+
+    epoch: int = 0  # completed epochs
+    validated: bool = True  # whether the last completed epoch was validated
+    score: float | None = None  # R@1 of that validation
+    best_score: float | None = None
+    best_epoch: int = 0
+    best_alpha: float = 1.0
+
+
+class Run(NamedTuple):
+    """What is set up once and then only used."""
+
+    config: config_lib.Config
+    workdir: workdir.Workdir
+    mesh: jax.sharding.Mesh
+    training: step.Training
+    tokenizer: tokenizer.Tokenizer
+    encoders: tuple[Callable[..., Any], Callable[..., Any]]
+    interrupts: interrupt.Interrupts
+    log: Log
+
+
+def run(
+    config: config_lib.Config, path: str | os.PathLike, interrupts: interrupt.Interrupts
+) -> None:
+    """Trains `config` in directory `path`, or goes on where an earlier call stopped.
+
+    Order of the loop: validate → save (state + data position) → next batch → step → log the
+    previous step's metrics.
+
+    Raises:
+      ConfigError, DataError, WorkdirError, CheckpointError, NonFiniteLossError: one sentence each.
+      Interrupted: a signal came; everything is saved.
+    """
+    started = time.monotonic()
+    log = print_line
+    directory = workdir.Workdir(path)
+    mesh = sharding.make_mesh(config.mesh, config.batch_size)
+    directory.claim(config, step.compute_dtype(config.precision).name, log)
+    if finished := directory.finished():
+        log(f"{directory.path} is finished (best epoch {finished['best_epoch']}): see results/.")
+        return
+
+    train_split = read_split(config, config.dataset, "train", log)
+    validation_split = read_split(config, config.dataset, validation_name(config), log)
+    words = tokenizer.Tokenizer(config.model.text_length)
+    stream = pipeline.TrainStream(
+        train_split,
+        words,
+        image_size=config.model.image_size,
+        batch_size=config.batch_size,
+        num_instances=config.num_instances,
+        num_epochs=config.num_epochs,
+        seed=config.seed,
+        augment_image=config.augment.image,
+        augment_caption=config.augment.text,
+        num_workers=config.num_workers,
+    )
+    training = step.make(
+        config,
+        num_identities=train_split.num_identities,
+        steps_per_epoch=stream.steps_per_epoch,
+    )
+    template = state_template(training, mesh)
+    log(describe(config, train_split, stream, template, mesh))
+    # Everything is compiled before the first step, so that no later signal meets a compiler.
+    train_step = compile_step(training, template, mesh)
+    encoders = compile_encoders(training, template, mesh)
+    this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
+
+    with checkpoint.Checkpoints(directory.checkpoints, log=log) as checkpoints:
+        state, progress = restore_or_init(this, checkpoints, template)
+        saved = (int(state.step), progress.validated)
+        ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
+        meter = Meter(this, stream, start=int(state.step))
+
+        def save() -> None:
+            nonlocal saved
+            if saved != (meter.step, progress.validated):
+                checkpoints.save(meter.step, state, progress._asdict())
+                saved = (meter.step, progress.validated)
+
+        with interrupts.unsaved_work():
+            batches = stream.batches(meter.step)
+            try:
+                while True:
+                    if not progress.validated:
+                        rows = encode_and_rank(this, state, validation_split)
+                        progress = judge(this, progress, rows, meter.step)
+                        save()
+                    if meter.step == stream.total_steps:
+                        break
+                    with jax.transfer_guard("disallow"):
+                        while meter.step < ends[progress.epoch]:
+                            interrupts.check()
+                            batch = sharding.shard_batch(mesh, next_batch(batches, interrupts))
+                            state, metrics = train_step(state, batch)
+                            meter.record(metrics)
+                    meter.flush()
+                    progress = progress._replace(
+                        epoch=progress.epoch + 1, validated=False, score=None
+                    )
+            except interrupt.Interrupted:
+                meter.flush()
+                save()
+                checkpoints.wait()
+                log(f"Stopped by a signal at step {meter.step}, saved; the same command goes on.")
+                raise
+            finally:
+                meter.close()
+                batches.close()
+            checkpoints.wait()
+        best = checkpoints.restore_best(template)
+
+    if best is None:
+        raise checkpoint.CheckpointError(f"{directory.checkpoints} holds no validated checkpoint.")
+    alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
+    log(f"Testing epoch {best.meta['epoch']}, the best on {validation_split.split}.")
+    test(this, best.state, alpha, validation_split)
+    directory.finish({"step": stream.total_steps, "best_epoch": best.meta["epoch"]})
+    log(f"Finished in {clock(time.monotonic() - started)}: {directory.path / 'results'}")
+
+
+def evaluate_only(
+    config: config_lib.Config, path: str | os.PathLike, interrupts: interrupt.Interrupts
+) -> None:
+    """`--mode=eval`: tests the best checkpoint of `path`, or the weights of `config.init_from`.
+
+    Never refuses a changed configuration that leaves the arrays' shapes alone. Without a stored
+    fusion weight (and without `eval.alpha`), it is chosen on validation.
+
+    Raises:
+      ConfigError, DataError, WorkdirError, CheckpointError: one sentence each.
+      Interrupted: a signal came.
+    """
+    log = print_line
+    directory = workdir.Workdir(path)
+    mesh = sharding.make_mesh(config.mesh, config.batch_size)
+    source = directory.path if config.init_from is None else pathlib.Path(config.init_from)
+    train_split = read_split(config, config.dataset, "train", log)
+    training = step.make(
+        config, num_identities=train_split.num_identities, steps_per_epoch=(1,) * config.num_epochs
+    )
+    template = state_template(training, mesh)
+    best = restore_weights(source, template, log)
+    encoders = compile_encoders(training, template, mesh)
+    words = tokenizer.Tokenizer(config.model.text_length)
+    this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
+    validation_split = None
+    alpha = best.meta.get("best_alpha") if config.eval.alpha is None else config.eval.alpha
+    log(f"Testing epoch {best.meta['epoch']} of {source}.")
+    test(this, best.state, alpha, validation_split)
+
+
+def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:
+    """One split; the embedded data set is generated when its cache folder is not there yet."""
+    root = None if config.data_root is None else pathlib.Path(config.data_root).expanduser()
+    if dataset == "synthetic":
+        root = synthetic_folder(config, log)
+    elif root is None:
+        raise config_lib.ConfigError(
+            f"config.data_root is not set: dataset {dataset!r} needs the folder that holds the "
+            "benchmark's own folder."
+        )
+    return records.read(dataset, root, split)
+
+
+def synthetic_folder(config: config_lib.Config, log: Log) -> pathlib.Path:
+    """The embedded data set's cache folder, under `data_root` or the user's cache folder."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    root = config.data_root or os.path.join(cache, "itself_jax")
+    return synthetic.ensure(
+        pathlib.Path(root).expanduser(),
+        seed=config.synthetic.seed,
+        identities=config.synthetic.identities,
+        images_per_identity=config.synthetic.images_per_identity,
+        log=log,
+    )
+
+
+def validation_name(config: config_lib.Config) -> str:
+    """The split that chooses epoch and fusion weight; the reference chooses them on test."""
+    return "test" if config.eval.protocol == "paper" else "val"
+
+
+def state_template(training: step.Training, mesh: jax.sharding.Mesh) -> step.TrainState:
+    """Shapes, types and places of everything that training changes."""
+    shapes = jax.eval_shape(lambda: training.init(0))
+    place = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
+def compile_step(
+    training: step.Training, template: step.TrainState, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """The train step for exactly one batch shape: another shape is an error, not a compilation."""
+    config = training.config
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    b = config.batch_size
+
+    def array(shape: tuple[int, ...], dtype: Any, place: Any = rows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    batch = pipeline.Batch(
+        images=array((b, *config.model.image_size, 3), np.uint8),
+        erase=array((b, 4), np.int32),
+        captions=array((b, config.model.text_length), np.int32),
+        pids=array((b,), np.int32),
+        epoch=array((), np.int32, whole),
+    )
+    compiled = jax.jit(training.step, donate_argnums=0, out_shardings=whole)
+    return compiled.lower(template, batch).compile()
+
+
+def compile_encoders(
+    training: step.Training, template: step.TrainState, mesh: jax.sharding.Mesh
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Image and text encoder for batches of `eval.batch_size`."""
+    config = training.config
+    rows = sharding.batch(mesh)
+    variables = {"params": template.params, "batch_stats": template.batch_stats}
+    b = config.eval.batch_size
+    if b % mesh.shape["data"]:
+        raise config_lib.ConfigError(
+            f"config.eval.batch_size={b} is not divisible by the {mesh.shape['data']} devices of "
+            "config.mesh.data."
+        )
+    pixels = jax.ShapeDtypeStruct((b, *config.model.image_size, 3), np.uint8, sharding=rows)
+    ids = jax.ShapeDtypeStruct((b, config.model.text_length), np.int32, sharding=rows)
+    return (
+        jax.jit(training.encode_images).lower(variables, pixels).compile(),
+        jax.jit(training.encode_captions).lower(variables, ids).compile(),
+    )
+
+
+def restore_or_init(
+    this: Run, checkpoints: checkpoint.Checkpoints, template: step.TrainState
+) -> tuple[step.TrainState, Progress]:
+    """The newest intact checkpoint with its metrics, or a fresh start."""
+    restored = checkpoints.restore_latest(template)
+    if restored is None:
+        this.workdir.cut_metrics(0, validated=False)
+        init = jax.jit(
+            this.training.init, static_argnums=0, out_shardings=sharding.replicated(this.mesh)
+        )
+        state = init(this.config.seed)
+        if this.config.init_from is not None:
+            source = restore_weights(pathlib.Path(this.config.init_from), template, this.log)
+            state = state._replace(params=source.state.params, batch_stats=source.state.batch_stats)
+        return state, Progress()
+    progress = Progress(**{name: restored.meta[name] for name in Progress._fields})
+    this.workdir.cut_metrics(restored.step, validated=progress.validated)
+    this.log(f"Going on at step {restored.step}, after epoch {progress.epoch}.")
+    return restored.state, progress
+
+
+def restore_weights(
+    source: pathlib.Path, template: step.TrainState, log: Log
+) -> checkpoint.Restored:
+    """The best checkpoint of a work directory (or of its `checkpoints` folder)."""
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    if not folder.is_dir():
+        raise checkpoint.CheckpointError(
+            f"{source} is not a work directory of itself_jax: other kinds of weights cannot be "
+            "read yet; give a directory that `itself_jax.main` has trained in."
+        )
+    found = checkpoint.Checkpoints(folder, log=log).restore_best(template)
+    if found is None:
+        raise checkpoint.CheckpointError(
+            f"{folder} holds no validated checkpoint: train there first, or set config.init_from."
+        )
+    return found
+
+
+def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> pipeline.Batch:
+    """The next batch. Ctrl-C also reaches worker processes: their death is then no error."""
+    try:
+        return next(batches)
+    except Exception:
+        interrupts.check()
+        raise
+
+
+def encode_and_rank(this: Run, state: step.TrainState, split: records.Split) -> list[retrieval.Row]:
+    """Encodes a split once and ranks it in both directions; checks for signals on the way."""
+    config = this.config
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    encode_images, encode_captions = this.encoders
+    embeddings = evaluate.encode_corpus(
+        lambda pixels: encode_images(variables, pixels),
+        lambda ids: encode_captions(variables, ids),
+        pipeline.image_batches(
+            split, image_size=config.model.image_size, batch_size=config.eval.batch_size
+        ),
+        pipeline.caption_batches(split, this.tokenizer, batch_size=config.eval.batch_size),
+        split=split,
+        should_stop=this.interrupts.check,
+        place=lambda batch: sharding.shard_batch(this.mesh, batch),
+    )
+    if config.eval.dump_embeddings:
+        evaluate.dump_embeddings(this.workdir.path, split, embeddings)
+    alphas = retrieval.FUSION_ALPHAS
+    if config.eval.alpha is not None:
+        alphas = (*alphas, config.eval.alpha)
+    return retrieval.rank(embeddings, alphas=alphas, chunk_bytes=config.eval.chunk_mb << 20)
+
+
+def judge(this: Run, progress: Progress, rows: list[retrieval.Row], at: int) -> Progress:
+    """Writes the validation line and decides whether this epoch is the best so far."""
+    alpha = this.config.eval.alpha
+    if alpha is None or len(rows) == 2:  # without a local branch there is nothing to weigh
+        alpha = retrieval.choose_alpha(rows)
+    metrics = chosen_row(rows, alpha).metrics
+    record = {"step": at, "epoch": progress.epoch, "split": validation_name(this.config)}
+    names = evaluate.METRICS
+    this.workdir.write_metrics(
+        record | {name: getattr(metrics, name) for name in names} | {"alpha": alpha}
+    )
+    progress = progress._replace(validated=True, score=metrics.R1)
+    better = progress.best_score is None or metrics.R1 > progress.best_score
+    if better:
+        progress = progress._replace(
+            best_score=metrics.R1, best_epoch=progress.epoch, best_alpha=alpha
+        )
+    this.log(
+        f"epoch {progress.epoch}: {record['split']} R@1 {metrics.R1:.2f}  R@5 {metrics.R5:.2f}  "
+        f"R@10 {metrics.R10:.2f}  mAP {metrics.mAP:.2f}  (α {alpha:g})" + ("  best" * better)
+    )
+    return progress
+
+
+def chosen_row(rows: list[retrieval.Row], alpha: float) -> retrieval.Row:
+    """The text→image row of one fusion weight."""
+    return next(row for row in rows if row.direction == "t2i" and row.alpha == alpha)
+
+
+def test(
+    this: Run, state: step.TrainState, alpha: float | None, validation_split: records.Split | None
+) -> None:
+    """Tests on the run's own and the further data sets, writes and prints the tables."""
+    config = this.config
+    if not config.local.enabled:
+        alpha = 1.0
+    if alpha is None:
+        validation_split = validation_split or read_split(
+            config, config.dataset, validation_name(config), this.log
+        )
+        alpha = retrieval.choose_alpha(encode_and_rank(this, state, validation_split))
+    for dataset in (config.dataset, *config.eval_datasets):
+        split = read_split(config, dataset, "test", this.log)
+        extra = {}
+        if dataset == "synthetic":
+            extra["oracle_R1"] = synthetic.oracle_rank1(synthetic_folder(config, this.log), "test")
+        rows = encode_and_rank(this, state, split)
+        summary = evaluate.results(
+            rows,
+            dataset=dataset,
+            split="test",
+            queries=len(split.captions),
+            gallery=len(split.image_paths),
+            protocol=config.eval.protocol,
+            chosen_alpha=alpha,
+            extra=extra,
+        )
+        evaluate.write_results(this.workdir.path, summary)
+        this.log(evaluate.format_table(summary))
+
+
+class Meter:
+    """Counts steps, reads their metrics back late, and reports them.
+
+    Metrics stay on the device until a report is due; then all but the newest step are read, so that
+    the device always has one step queued.
+    """
+
+    def __init__(self, this: Run, stream: pipeline.TrainStream, *, start: int) -> None:
+        self.step = start
+        self._this = this
+        self._stream = stream
+        self._pending: list[tuple[int, step.StepMetrics]] = []
+        self._clock = time.monotonic()
+        self._clocked_step = start
+        self._rate = math.nan
+        self._bar = tqdm.tqdm(
+            total=stream.total_steps,
+            initial=start,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def record(self, metrics: step.StepMetrics) -> None:
+        """Takes note of the step that was just queued."""
+        self.step += 1
+        self._pending.append((self.step, metrics))
+        self._bar.update()
+        if (self.step - 1) % self._this.config.log_every == 0 and len(self._pending) > 1:
+            self._report(len(self._pending) - 1)
+
+    def flush(self) -> None:
+        """Reads and reports everything that is pending; waits for the device."""
+        self._report(len(self._pending))
+
+    def close(self) -> None:
+        """Ends the progress bar and flushes the event files."""
+        self._bar.close()
+        self._this.workdir.close()
+
+    def _report(self, count: int) -> None:
+        due, self._pending = self._pending[:count], self._pending[count:]
+        if not due:
+            return
+        values = read_metrics([metrics for _, metrics in due])
+        now, last = time.monotonic(), due[-1][0]
+        self._rate = (
+            (last - self._clocked_step) * self._this.config.batch_size / (now - self._clock)
+        )
+        self._clock, self._clocked_step = now, last
+        for (number, _), value in zip(due, values, strict=True):
+            self._check_finite(number, value)
+            if number % self._this.config.log_every == 0:
+                self._write(number, value)
+
+    def _write(self, number: int, value: step.StepMetrics) -> None:
+        epoch = self._stream.epoch_of(number - 1)
+        record = {"step": number, "epoch": epoch}
+        record |= {name: x.item() for name, x in value._asdict().items()}
+        self._this.workdir.write_metrics(record | {"pairs_per_second": round(self._rate, 2)})
+        self._bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", refresh=False)
+        if self._bar.disable:
+            left = (self._stream.total_steps - number) * self._this.config.batch_size / self._rate
+            self._this.log(
+                f"epoch {epoch}/{self._this.config.num_epochs}  step {number}/"
+                f"{self._stream.total_steps}  loss {record['loss']:.3f}  "
+                f"{self._rate:.0f} pairs/s  ETA {clock(left)}"
+            )
+
+    def _check_finite(self, number: int, value: step.StepMetrics) -> None:
+        if np.isfinite(value.loss) and np.isfinite(value.grad_norm):
+            return
+        path = self._this.workdir.write_json(
+            f"nonfinite-step-{number}.json",
+            {
+                "step": number,
+                "epoch": self._stream.epoch_of(number - 1),
+                "loss": repr(float(value.loss)),
+                "grad_norm": repr(float(value.grad_norm)),
+                "images": self._stream.paths(number - 1),
+            },
+        )
+        raise NonFiniteLossError(
+            f"Step {number}: the loss is {float(value.loss)} and the gradient norm "
+            f"{float(value.grad_norm)}; the batch's pictures are listed in {path}. The last good "
+            "checkpoint is kept: look at the pictures, or lower config.optim.learning_rate."
+        )
+
+
+def read_metrics(metrics: list[step.StepMetrics]) -> list[step.StepMetrics]:
+    """The one place where the loop waits for the device."""
+    return jax.device_get(metrics)
+
+
+def describe(
+    config: config_lib.Config,
+    split: records.Split,
+    stream: pipeline.TrainStream,
+    template: step.TrainState,
+    mesh: jax.sharding.Mesh,
+) -> str:
+    """One line on what is about to be trained on what."""
+    size = sum(math.prod(x.shape) for x in jax.tree.leaves(template.params)) / 1e6
+    return (
+        f"{split.dataset}: {len(split.captions)} pairs of {split.num_identities} identities; "
+        f"{size:.1f} M parameters in {step.compute_dtype(config.precision).name}; "
+        f"{stream.total_steps} steps of {config.batch_size} pairs on {mesh.size} "
+        f"{jax.devices()[0].device_kind} device(s)."
+    )
+
+
+def clock(seconds: float) -> str:
+    """m:ss, or h:mm:ss from an hour on."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def print_line(text: str) -> None:
+    """Prints above a progress bar, if there is one, and at once."""
+    tqdm.tqdm.write(text)
+    sys.stdout.flush()
