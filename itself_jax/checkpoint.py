@@ -1,0 +1,535 @@
+"""The Orbax manager, and what a checkpoint contains.
+
+A checkpoint is one folder, `<folder>/<step>` (`<step>-1`, `<step>-2`, … when a step was saved
+again), with two items: `state`, any pytree of arrays, and `meta`, a JSON document that holds the
+caller's own values and a checksum of every array. Orbax writes into a temporary folder and renames
+it when everything is on disk, so a killed process never leaves half a checkpoint under a final
+name. What Orbax does not do is notice damage that comes later: a flipped bit restores silently
+wrong, and a lost file raises anything at all. Hence the checksums, and `restore_latest`, which
+falls back to an older step and says so.
+"""
+
+import concurrent.futures
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+_FORMAT = 1
+_KEEP_LATEST = 2
+# Orbax identifies a checkpoint by one integer; ours is step * _REVISIONS + revision.
+_REVISIONS = 1_000_000
+_FOLDER_NAME = re.compile(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?")
+_UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message is one sentence for the user."""
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back.
+
+    `meta` equals what was saved, as JSON returns it (tuples are lists, keys are strings). If newer
+    or better checkpoints had to be skipped, it has one key more, `damaged_steps`: their steps.
+    """
+
+    step: int
+    state: Any
+    meta: dict[str, Any]
+
+
+class Checkpoints:
+    """Saves asynchronously; keeps the latest two steps and the best one by `meta["score"]`.
+
+    Saving belongs to one program at a time; any number may read meanwhile (an evaluation next to
+    the training): nothing is created or removed before the first `save`, except by `restore_latest`
+    if it meets damage.
+
+    A save is safe on disk only after `wait` or `close`: a program that ends without either exits
+    with 0 and has lost it. Used as a context manager the object closes itself.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, log: Callable[[str], None] = print):
+        # Orbax accepts a relative folder, returns True from save() and fails afterwards.
+        self.folder = pathlib.Path(folder).absolute()
+        self._log = log
+        self._policy = _LatestAndBest(self.folder)
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving: int | None = None
+        _silence_orbax()
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Copies `state` to the host, returns, and writes it in the background.
+
+        The buffers of `state` may be donated or overwritten as soon as this returns. A previous
+        save that is still being written is waited for first. `state` is a pytree of JAX or NumPy
+        arrays; anything else belongs in `meta`, which must be JSON. `meta["score"]` is the
+        validation score (higher is better), or None if there is none yet; of equal scores the
+        earlier step stays the best.
+
+        A step may be saved again, for instance first before and then after its validation: the new
+        checkpoint replaces the old one, which is removed only after the new one is complete.
+
+        Checksums cover what this process can see: an array that is spread over several processes
+        is saved without one.
+
+        Raises:
+          CheckpointError: this save could not be started, or the previous one had failed.
+          TypeError: `state` or `meta` holds something that cannot be saved.
+        """
+        self.wait()
+        document = _document(step, state, meta)
+        # Orbax copies device buffers before it returns, but reads NumPy arrays while writing.
+        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), state)
+        self._saving = step
+        try:
+            if self._manager is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+                self._manager = self._open_manager()
+            revisions = [known.revision for known in self._slots() if known.step == step]
+            slot = _Slot(step, max(revisions, default=-1) + 1)
+            self._policy.expect(slot, _score(document))
+            items = ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document)
+            )
+            # Without force Orbax skips, silently, every step below the latest.
+            self._manager.save(slot.number, args=items, force=True)
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def wait(self) -> None:
+        """Blocks until every save is on disk under its final name.
+
+        Raises:
+          CheckpointError: a save failed in the background; earlier checkpoints are intact.
+        """
+        if self._manager is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def restore_latest(self, template: Any) -> Restored | None:
+        """The newest checkpoint that is intact, or None if the folder holds none.
+
+        `template` is a pytree like the saved state: `jax.ShapeDtypeStruct` or JAX arrays, whose
+        shardings the result gets (the default device where there is none), or NumPy arrays.
+
+        A damaged checkpoint is logged and skipped; once an older one has been restored, the damaged
+        ones are renamed to `damaged-<step>`, so that training can save those steps again.
+
+        Raises:
+          CheckpointError: every checkpoint is damaged, or the template has other parameters than
+            the checkpoint (another model). Nothing is renamed in either case.
+        """
+        self.wait()
+        restored, damaged = self._restore(sorted(self._slots(), reverse=True), template)
+        if restored is not None:
+            self._move_aside(damaged)
+        return restored
+
+    def restore_best(self, template: Any) -> Restored | None:
+        """The checkpoint with the highest score, or None if no checkpoint has a score.
+
+        As `restore_latest`, but renames nothing. If the best one is damaged this says so and takes
+        the next best, or the newest without a score: see `damaged_steps` in `Restored.meta`.
+        """
+        self.wait()
+        scored, unscored, unreadable = [], [], []
+        for slot in sorted(self._slots(), reverse=True):
+            try:
+                score = _score(_read_document(self.folder / slot.name))
+            except Exception:
+                unreadable.append(slot)
+            else:
+                (unscored if score is None else scored).append((score, slot))
+        if not scored and not unreadable:
+            return None
+        # An unreadable checkpoint may have been the best one, so it is named first.
+        scored.sort(key=lambda item: _rank(item[0], item[1].step), reverse=True)
+        order = unreadable + [slot for _, slot in scored + unscored]
+        return self._restore(order, template)[0]
+
+    def close(self) -> None:
+        """Waits for the last save, then frees the threads. Safe to call twice."""
+        self.wait()
+        if self._manager is not None:
+            manager, self._manager = self._manager, None
+            manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            # The exception that is already on its way is the one the user must see.
+            self._log(str(failed))
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            step_name_format=_Names(),
+            preservation_policy=self._policy,
+            enable_async_checkpointing=True,
+            create=False,
+            # Reading every step's metadata here would make one damaged step fatal to all.
+            lightweight_initialize=True,
+        )
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def _save_failed(self, error: Exception) -> CheckpointError:
+        """Leaves the folder as it was before the failed save, and explains."""
+        # The manager now lists a step that does not exist, and has forgotten those that it was
+        # about to remove: start from the folder again.
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            try:
+                manager.close()
+            except Exception as closing:
+                logging.getLogger(__name__).debug("closing after a failed save: %r", closing)
+        if jax.process_index() == 0:
+            self._remove_unfinished()
+        return CheckpointError(
+            f"step {self._saving} could not be saved in {self.folder}: {_reason(error)}; earlier "
+            "checkpoints are intact: free space there or make it writable, then start again"
+        )
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a killed or failed save left behind: as large as a whole checkpoint."""
+        for _ in range(10):
+            for path in self.folder.glob(f"*{_UNFINISHED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+            if not any(self.folder.glob(f"*{_UNFINISHED}*")):
+                return
+            # After one write has failed, the others of that save go on for a moment.
+            time.sleep(0.1)
+
+    def _slots(self) -> list["_Slot"]:
+        return [] if not self.folder.is_dir() else _slots(self.folder)
+
+    def _restore(
+        self, order: Sequence["_Slot"], template: Any
+    ) -> tuple[Restored | None, list["_Slot"]]:
+        """The first of `order` that is intact, and those before it that are not."""
+        template = jax.tree_util.tree_map_with_path(_abstract, template)
+        damaged: list[_Slot] = []
+        reason = ""
+        for slot in order:
+            path = self.folder / slot.name
+            try:
+                document, state = _read(path, template)
+            except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # Another model, or too little memory: no fault of the files.
+            except Exception as error:
+                if not path.exists():
+                    continue  # Removed by the program that trains in this folder.
+                reason = _reason(error)
+                damaged.append(slot)
+                self._log(f"checkpoint {path} (step {slot.step}) is damaged, skipped: {reason}")
+                continue
+            meta = document["meta"]
+            if damaged:
+                meta["damaged_steps"] = sorted({slot.step for slot in damaged})
+                self._log(f"restored step {slot.step} instead, from {path}")
+            return Restored(slot.step, state, meta), damaged
+        if damaged:
+            raise CheckpointError(
+                f"all {len(damaged)} checkpoints in {self.folder} are damaged (the last one tried: "
+                f"{reason}): bring the folder back from a backup, or move it away to start afresh"
+            )
+        return None, damaged
+
+    def _move_aside(self, damaged: Iterable["_Slot"]) -> None:
+        if jax.process_index() != 0:
+            return
+        for slot in damaged:
+            target, attempt = self.folder / f"damaged-{slot.name}", 1
+            while target.exists():
+                attempt += 1
+                target = self.folder / f"damaged-{slot.name}.{attempt}"
+            try:
+                os.rename(self.folder / slot.name, target)
+            except OSError as error:
+                # A later save of this step still works: it becomes the next revision.
+                self._log(f"could not rename {self.folder / slot.name}: {_reason(error)}")
+        if self._manager is not None:
+            # Orbax keeps its own list of steps.
+            self._manager.close()
+            self._manager = None
+
+
+class _Slot(NamedTuple):
+    """A place for a checkpoint in the folder; sorts by age."""
+
+    step: int
+    revision: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.step}-{self.revision}" if self.revision else str(self.step)
+
+    @property
+    def number(self) -> int:
+        return self.step * _REVISIONS + self.revision
+
+
+def _slots(folder: pathlib.Path) -> list[_Slot]:
+    """All finished checkpoints in `folder`."""
+    matches = [_FOLDER_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()]
+    return [_Slot(int(m[1]), int(m[2] or 0)) for m in matches if m]
+
+
+class _Names(ocp.path.step.NameFormat):
+    """Orbax cannot overwrite a step; this lets one step have several folders for a moment."""
+
+    def build_name(self, step: int) -> str:
+        return _Slot(*divmod(step, _REVISIONS)).name
+
+    def find_all(self, base_path: Any) -> Iterator[ocp.path.step.Metadata]:
+        for slot in _slots(pathlib.Path(base_path)):
+            yield self._metadata(base_path, slot)
+
+    def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
+        slot = _Slot(*divmod(step, _REVISIONS))
+        if slot not in _slots(pathlib.Path(base_path)):
+            raise ValueError(f"no checkpoint {slot.name} in {base_path}")
+        return self._metadata(base_path, slot)
+
+    def _metadata(self, base_path: Any, slot: _Slot) -> ocp.path.step.Metadata:
+        path = ocp.path.step.build_step_path(base_path, self, slot.number)
+        return ocp.path.step.Metadata(step=slot.number, path=path)
+
+
+class _LatestAndBest:
+    """Keeps the newest revision of the latest two steps and of the best one.
+
+    Not Orbax's own `AnyPreservationPolicy([LatestN, BestN])`: `BestN` lets the later of two equal
+    scores win, and knows no score that an earlier run of the program has saved.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._scores: dict[_Slot, float | None] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        slots = [_Slot(*divmod(info.step, _REVISIONS)) for info in checkpoints]
+        newest = {slot.step: slot for slot in sorted(slots)}
+        steps = sorted(newest)
+        keep = set(steps[-_KEEP_LATEST:])
+        scores = {step: self._score(newest[step]) for step in steps}
+        scored = [step for step in steps if scores[step] is not None]
+        if scored:
+            keep.add(max(scored, key=lambda step: _rank(scores[step], step)))
+        return [slot.step in keep and slot == newest[slot.step] for slot in slots]
+
+    def expect(self, slot: _Slot, score: float | None) -> None:
+        """Announces the score of a checkpoint that is not on disk yet."""
+        self._scores[slot] = score
+
+    def _score(self, slot: _Slot) -> float | None:
+        if slot not in self._scores:
+            try:
+                self._scores[slot] = _score(_read_document(self._folder / slot.name))
+            except Exception:
+                self._scores[slot] = None  # Damaged: it must not keep a good one from being best.
+        return self._scores[slot]
+
+
+def _rank(score: float, step: int) -> tuple[float, int]:
+    """Orders by score; of equal scores the earlier step is the better."""
+    return score, -step
+
+
+def _score(document: dict[str, Any]) -> float | None:
+    score = document["meta"].get("score")
+    # A run that diverged has the score NaN, which compares as neither better nor worse.
+    return None if score is None or not math.isfinite(score) else float(score)
+
+
+def _document(step: int, state: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON item holds: the caller's `meta`, and the name and checksum of every array."""
+    score = meta.get("score")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+        raise TypeError(f'meta["score"] must be a number or None, got {score!r}')
+    try:
+        # Also a copy: Orbax serialises in the background, while the caller goes on.
+        meta = json.loads(json.dumps(meta))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"meta of step {step} is not JSON: {error}") from None
+    leaves = _named_leaves(jax.tree_util.tree_map_with_path(_array, state))
+    document = {
+        "format": _FORMAT,
+        "step": step,
+        "meta": meta,
+        "arrays": {
+            name: {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name, "crc32": checksum}
+            for (name, leaf), checksum in zip(leaves.items(), _checksums(leaves), strict=True)
+        },
+    }
+    return document | {"crc32": _document_checksum(document)}
+
+
+def _document_checksum(document: dict[str, Any]) -> int:
+    body = {key: value for key, value in document.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _read_document(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON item of the checkpoint at `path`; raises anything at all if it is damaged."""
+    document = ocp.JsonCheckpointHandler().restore(path / "meta")
+    if document["crc32"] != _document_checksum(document):
+        raise ValueError("its JSON does not match its own checksum")
+    if document["format"] != _FORMAT:
+        raise CheckpointError(
+            f"checkpoint {path} has format {document['format']}, this version reads {_FORMAT}: "
+            "use the version of itself_jax that wrote it"
+        )
+    return document
+
+
+def _read(path: pathlib.Path, template: Any) -> tuple[dict[str, Any], Any]:
+    """Document and state; CheckpointError for another model, anything else means damage."""
+    document = _read_document(path)
+    _check_same_arrays(path, template, document["arrays"])
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        state = reader.restore(path / "state", args=ocp.args.StandardRestore(template))
+    leaves = _named_leaves(state)
+    for name, checksum in zip(leaves, _checksums(leaves), strict=True):
+        expected = document["arrays"][name]["crc32"]
+        if None not in (checksum, expected) and checksum != expected:
+            raise ValueError(f"{name} does not match its checksum")
+    return document, state
+
+
+def _check_same_arrays(path: pathlib.Path, template: Any, arrays: dict[str, Any]) -> None:
+    """The template must name the arrays of the checkpoint, all of them, with shape and type."""
+    wanted = _named_leaves(template)
+    for name in [*wanted, *arrays]:
+        here = there = "no such array"
+        if name in wanted:
+            here = f"{np.dtype(wanted[name].dtype).name}{list(wanted[name].shape)}"
+        if name in arrays:
+            there = f"{arrays[name]['dtype']}{arrays[name]['shape']}"
+        if here != there:
+            raise CheckpointError(
+                f"checkpoint {path} belongs to another model: {name} is {there} in the checkpoint "
+                f"and {here} here; use the configuration it was made with, or another folder"
+            )
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """`params/encoder/kernel` → leaf, in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _array(path: Any, leaf: Any) -> Any:
+    """Refuses what cannot be saved bit for bit."""
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic) or not _is_plain(leaf.dtype):
+        kind = getattr(leaf, "dtype", type(leaf).__name__)
+        raise TypeError(
+            f"{_name(path)} is {kind}, and a checkpoint's state holds arrays of numbers only: put "
+            "strings and settings into meta, and save jax.random.key_data(key) for a random key"
+        )
+    return leaf
+
+
+def _abstract(path: Any, leaf: Any) -> Any:
+    """The template Orbax needs: always with a sharding, else it takes that of the old machine."""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.asarray(_array(path, leaf))
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        _array(path, leaf)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _is_plain(dtype: Any) -> bool:
+    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) and np.dtype(dtype).kind != "O"
+
+
+def _checksums(leaves: dict[str, Any]) -> list[int | None]:
+    """CRC-32 of each array's bytes; None for one that other processes hold parts of."""
+    # zlib releases the interpreter lock: four threads are three times as fast as one.
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return list(pool.map(_checksum, leaves.values()))
+
+
+def _checksum(leaf: Any) -> int | None:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return None
+    # As bytes, because bfloat16 has no buffer interface of its own.
+    values = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
+    return zlib.crc32(values.view(np.uint8))
+
+
+def _reason(error: BaseException) -> str:
+    """An exception in a few words: Orbax's and TensorStore's run over many lines."""
+    text = " ".join(str(error).split()) or "no message"
+    # TensorStore puts the one thing that helps behind three long paths.
+    system = re.search(r"os_error_code='([0-9]+)'", text)
+    if system:
+        return os.strerror(int(system[1]))
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + '…'}"
+
+
+class _OrbaxFilter(logging.Filter):
+    """Drops what Orbax logs: some forty lines a save, and a traceback for each error we report.
+
+    asyncio adds one for each of Orbax's tasks that failed after the first.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if logging.getLogger("absl").getEffectiveLevel() <= logging.DEBUG:
+            return True
+        source = record.getMessage() if record.name == "asyncio" else record.pathname
+        return f"{os.sep}orbax{os.sep}" not in source and "tensorstore" not in source
+
+
+class _UnraisableFilter:
+    """Drops "Exception ignored in …" after an Orbax read or write has failed.
+
+    At the first error Orbax closes its event loop on the tasks that still run. Python then prints
+    a traceback for each of them, up to the end of the program; we have reported the first one.
+    """
+
+    def __init__(self, hook: Callable[[Any], object]):
+        self._hook = hook
+
+    def __call__(self, unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+        of_its_loop = unraisable.object is None and "loop is closed" in str(unraisable.exc_value)
+        if not of_orbax and not of_its_loop:
+            self._hook(unraisable)
+
+
+def _silence_orbax() -> None:
+    """Nothing here happens at import: a program without checkpoints keeps its own settings."""
+    for logger in (logging.getLogger("absl"), logging.getLogger("asyncio")):
+        if not any(isinstance(known, _OrbaxFilter) for known in logger.filters):
+            logger.addFilter(_OrbaxFilter())
+    if not isinstance(sys.unraisablehook, _UnraisableFilter):
+        sys.unraisablehook = _UnraisableFilter(sys.unraisablehook)
