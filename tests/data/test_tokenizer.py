@@ -76,6 +76,12 @@ def test_any_text_tokenises(clip, text, num_words):
     assert not ids[num_words + 2 :].any()
 
 
+def test_html_is_unescaped_twice(clip):
+    # ftfy leaves entities alone in a text with "<", so both rounds are the tokenizer's own.
+    assert clip.decode(clip.encode("<b> bag &amp;amp; hat")) == "< b > bag & hat"
+    assert clip.decode(clip.encode("<b> &amp;amp;amp;")) == "< b > & amp ;"
+
+
 def test_word_internal_exclamation_mark_has_id_0_and_survives_decoding(clip):
     ids = [tokenizer.SOT, 0, 256, tokenizer.EOT, 0, 0]  # "!" inside a word, "!" that ends one
     assert clip.decode(ids) == "!!"

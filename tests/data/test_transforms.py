@@ -124,6 +124,15 @@ def test_box_that_touches_both_edges_is_drawn_again():
     np.testing.assert_array_equal(out.erase, [4, 34, 6, 6])
 
 
+def test_box_as_high_or_as_wide_as_the_image_is_drawn_again():
+    # 10 x 40 pixels: area 0.25 -> 100, ratio 1 -> 10 x 10 is as high as the image. Turned round,
+    # 40 x 10, it is as wide. The second try as above.
+    for shape, place in (((10, 40, 3), (4, 34)), ((40, 10, 3), (34, 4))):
+        rng = Scripted(NO_FLIP, 10, 10, ERASE, 0.25, 0.0, 0.1, 0.0, *place)
+        out = transforms.augment_image(rng, np.zeros(shape, np.uint8))
+        np.testing.assert_array_equal(out.erase, [*place, 6, 6])
+
+
 def test_ten_misfits_erase_nothing():
     # 4 x 100 pixels, area 0.4 -> 160, ratio 1 -> 13 x 13 never fits a height of 4.
     rng = Scripted(NO_FLIP, 10, 10, ERASE, *[0.4, 0.0] * 10)
