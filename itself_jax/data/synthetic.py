@@ -28,7 +28,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from itself_jax.data import synthetic_draw, synthetic_people
+from itself_jax.data import (
+    synthetic_brush,
+    synthetic_captions,
+    synthetic_draw,
+    synthetic_people,
+)
 
 VERSION = 1  # raise it with every change that alters a byte of what is written
 SPLITS = ("train", "val", "test")
@@ -81,7 +86,7 @@ def imagine(seed: int, identities: tuple[int, int, int], images_per_identity: in
                 view = synthetic_people.view(rng, person, image)
                 path = f"{number:04d}_c{int(rng.integers(1, 15))}_{image + 1:04d}.jpg"
                 written = [
-                    synthetic_people.caption(_rng(seed, _CAPTION, number, image, i), person, view)
+                    synthetic_captions.caption(_rng(seed, _CAPTION, number, image, i), person, view)
                     for i in range(_CAPTIONS_PER_IMAGE)
                 ]
                 captions = [text for text, _ in written]
@@ -188,8 +193,8 @@ def _write(folder: pathlib.Path, world: World, workers: int) -> None:
     _dump(
         folder / "masks.json",
         {
-            "labels": {str(label): name for label, name in synthetic_draw.LABELS.items()},
-            "regions": {name: list(labels) for name, labels in synthetic_draw.REGIONS.items()},
+            "labels": {str(label): name for label, name in synthetic_brush.LABELS.items()},
+            "regions": {name: list(labels) for name, labels in synthetic_brush.REGIONS.items()},
             "images": {record["img_path"]: shares[record["img_path"]] for record in world.records},
         },
     )
