@@ -100,7 +100,7 @@ class ImageEncoder(nn.Module):
         class_embedding = self.param("class_embedding", init, (d,))
         positions = self.param("position_embedding", init, (n, d))
         cls = jnp.broadcast_to(class_embedding.astype(x.dtype), (b, 1, d))
-        x = jnp.concatenate([cls, x.reshape(b, n - 1, d)], axis=1) + positions.astype(x.dtype)
+        x = jnp.concatenate([cls, x.reshape(b, n - 1, d)], axis=1) + positions[None].astype(x.dtype)
         x = transformer.layer_norm("ln_pre")(x).astype(self.dtype)
         out = transformer.Transformer(
             self.depth, self.heads, self.activation, self.dtype, name="transformer"
@@ -136,7 +136,7 @@ class TextEncoder(nn.Module):
         )(ids)
         init = nn.initializers.normal(0.01)
         positions = self.param("position_embedding", init, (t, self.width))
-        x = x + positions.astype(x.dtype)
+        x = x + positions[None].astype(x.dtype)
         causal = jnp.tril(jnp.ones((t, t), bool))
         out = transformer.Transformer(
             self.depth, self.heads, self.activation, self.dtype, name="transformer"

@@ -41,10 +41,10 @@ class BankBatchNorm(nn.Module):
         batches = self.variable("batch_stats", "batches", jnp.zeros, (), jnp.int32)
         x = x.astype(jnp.float32)
         if train:
-            weight = kept.astype(jnp.float32)[:, None]
+            weight = kept.astype(jnp.float32)[None, :, None]
             count = x.shape[0] * weight.sum()
             mean = (x * weight).sum(axis=(0, 1)) / count
-            var = (jnp.square(x - mean) * weight).sum(axis=(0, 1)) / count
+            var = (jnp.square(x - mean[None, None]) * weight).sum(axis=(0, 1)) / count
             if not self.is_initializing():
                 unbiased = var * count / jnp.maximum(count - 1, 1)
                 running_mean.value += self.momentum * (mean - running_mean.value)
@@ -52,7 +52,8 @@ class BankBatchNorm(nn.Module):
                 batches.value += 1
         else:
             mean, var = running_mean.value, running_var.value
-        return (x - mean) / jnp.sqrt(var + self.epsilon) * scale + bias
+        normalised = (x - mean[None, None]) / jnp.sqrt(var + self.epsilon)[None, None]
+        return normalised * scale[None, None] + bias[None, None]
 
 
 class GRAB(nn.Module):

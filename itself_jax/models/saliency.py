@@ -110,7 +110,7 @@ def rollout(
     None gives the full map.
     """
     b, n, _ = attention[layers[0]].shape
-    identity = jnp.eye(n, dtype=jnp.float32)
+    identity = jnp.eye(n, dtype=jnp.float32)[None]
     result = jnp.broadcast_to(identity, (b, n, n)) if rows is None else rows
     for layer in sorted(layers, reverse=True):
         mixed = (discard_lowest(attention[layer], discard) + identity) / 2
@@ -192,7 +192,7 @@ def text_bank(
     t = ids.shape[1]
     position = jnp.arange(t)
     candidates = jnp.where(ids == 0, 0.0, saliency)
-    excluded = (position == 0) | (position == eot[:, None])
+    excluded = (position == 0)[None] | (position[None] == eot[:, None])
     candidates = jnp.where(excluded, -1.0, candidates)
     _, indices = jax.lax.top_k(candidates, k_max)
     words = jnp.sum(ids != 0, axis=1) - 2
@@ -200,4 +200,4 @@ def text_bank(
     indices = indices.at[:, 0].set(jnp.where(wordless, eot, indices[:, 0]))
     kept = jnp.arange(k_max) < k
     limit = jnp.minimum(jnp.maximum(words, 1), k)
-    return Bank(indices, kept, jnp.arange(k_max) < limit[:, None])
+    return Bank(indices, kept, jnp.arange(k_max)[None] < limit[:, None])

@@ -65,7 +65,7 @@ class Attention(nn.Module):
             preferred_element_type=jnp.float32,
         )
         if mask is not None:
-            logits = jnp.where(mask, logits, -jnp.inf)
+            logits = jnp.where(mask[None, None], logits, -jnp.inf)
         probabilities = jax.nn.softmax(logits, axis=-1)  # float32, whatever the compute type
         # No gradient flows through the maps: they only choose tokens (paper, section 3.2).
         attention = jax.lax.stop_gradient(probabilities).mean(axis=1) if keep_map else None
