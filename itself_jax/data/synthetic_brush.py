@@ -49,7 +49,7 @@ REGIONS = {
 RGB = {
     "black": (30, 30, 34),
     "white": (242, 242, 238),
-    "grey": (134, 136, 140),
+    "grey": (150, 152, 156),
     "red": (212, 28, 36),
     "yellow": (246, 208, 30),
     "green": (28, 142, 58),
@@ -131,7 +131,7 @@ def shade(colour, factor: Number) -> tuple[int, ...]:
 
 def darker(colour) -> tuple[int, ...]:
     """For details on a thing of this colour; on black a grey, which shows."""
-    return shade(colour, 0.64) if sum(colour) > 150 else (86, 86, 92)
+    return shade(colour, 0.64) if sum(colour) > 150 else (68, 68, 74)
 
 
 def rgb_of(value: str) -> tuple[int, int, int]:
