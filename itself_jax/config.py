@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_collections
 
+_SIZES = ("width", "depth", "heads")
 SALIENCY_SOURCES = ("mars", "last", "layer:K", "mean", "std", "min_mean", "min_std")
 DATASETS = ("synthetic", "cuhk_pedes", "icfg_pedes", "rstp_reid", "jsonl")
 
@@ -285,7 +286,7 @@ def _type_name(option: Any) -> str:
 
 
 def _validate(config: Config) -> None:
-    model, local, optim = config.model, config.local, config.optim
+    model, local = config.model, config.local
 
     def check(key: str, value: Any, condition: bool, expected: str) -> None:
         if not condition:
@@ -308,9 +309,9 @@ def _validate(config: Config) -> None:
     one_of("eval.protocol", config.eval.protocol, ("val", "paper"))
 
     flat = flatten(to_dict(config))
-    positive = "patch_size vision_width vision_depth vision_heads text_width text_depth text_heads embed_dim"
+    sizes = ("patch_size", "embed_dim", *(f"{t}_{s}" for t in ("vision", "text") for s in _SIZES))
     for key in (
-        *(f"model.{name}" for name in positive.split()),
+        *(f"model.{name}" for name in sizes),
         *("local.dim", "loss.temperature", "optim.learning_rate", "optim.local_learning_rate"),
         *("optim.eps", "batch_size", "num_instances", "num_epochs", "log_every"),
         *("eval.batch_size", "eval.chunk_mb", "synthetic.images_per_identity"),

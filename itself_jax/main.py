@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from itself_jax import config as config_lib
@@ -52,6 +52,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     """Runs the command; every way out but success is an exit code and a sentence."""
     del argv
+    logging.set_verbosity(logging.WARNING)  # jax reports each accelerator that is not there
     try:
         try:
             config = config_lib.from_dict(_CONFIG.value)

@@ -89,7 +89,7 @@ def compute_loss(
     pids: Int[Array, " b"],
     k: itself.BankLimits,
 ) -> Loss:
-    """One training-mode forward pass; the sum of all terms, each with weight 1 (method section 5)."""
+    """One training-mode forward pass and the plain sum of all terms (method section 5)."""
     image, text, batch_stats = encode(model, variables, images, ids, k)
     mismatch = losses.mismatch_label(pids, model.num_identities, settings.mismatch_label)
     pairs = [("global_heads", image.embedding.global_, text.embedding.global_)]

@@ -104,7 +104,10 @@ def run(
         def save() -> None:
             nonlocal saved
             if saved != (meter.step, progress.validated):
-                checkpoints.save(meter.step, state, progress._asdict())
+                # A score belongs to the end of its epoch, not to steps after it.
+                at_end = progress.epoch > 0 and meter.step == ends[progress.epoch - 1]
+                meta = progress._replace(score=progress.score if at_end else None)
+                checkpoints.save(meter.step, state, meta._asdict())
                 saved = (meter.step, progress.validated)
 
         with interrupts.unsaved_work():
@@ -143,7 +146,7 @@ def run(
         raise checkpoint.CheckpointError(f"{directory.checkpoints} holds no validated checkpoint.")
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, the best on {validation_split.split}.")
-    test(this, best.state, alpha, validation_split)
+    test(this, best.state, alpha)
     directory.finish({"step": stream.total_steps, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
@@ -153,8 +156,8 @@ def evaluate_only(
 ) -> None:
     """`--mode=eval`: tests the best checkpoint of `path`, or the weights of `config.init_from`.
 
-    Never refuses a changed configuration that leaves the arrays' shapes alone. Without a stored
-    fusion weight (and without `eval.alpha`), it is chosen on validation.
+    Never refuses a changed configuration that leaves the arrays' shapes alone. The fusion weight is
+    the one chosen on validation in training, unless `eval.alpha` is set.
 
     Raises:
       ConfigError, DataError, WorkdirError, CheckpointError: one sentence each.
@@ -173,10 +176,9 @@ def evaluate_only(
     encoders = compile_encoders(training, template, mesh)
     words = tokenizer.Tokenizer(config.model.text_length)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
-    validation_split = None
-    alpha = best.meta.get("best_alpha") if config.eval.alpha is None else config.eval.alpha
+    alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']} of {source}.")
-    test(this, best.state, alpha, validation_split)
+    test(this, best.state, alpha)
 
 
 def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:
@@ -361,18 +363,11 @@ def chosen_row(rows: list[retrieval.Row], alpha: float) -> retrieval.Row:
     return next(row for row in rows if row.direction == "t2i" and row.alpha == alpha)
 
 
-def test(
-    this: Run, state: step.TrainState, alpha: float | None, validation_split: records.Split | None
-) -> None:
+def test(this: Run, state: step.TrainState, alpha: float) -> None:
     """Tests on the run's own and the further data sets, writes and prints the tables."""
     config = this.config
     if not config.local.enabled:
         alpha = 1.0
-    if alpha is None:
-        validation_split = validation_split or read_split(
-            config, config.dataset, validation_name(config), this.log
-        )
-        alpha = retrieval.choose_alpha(encode_and_rank(this, state, validation_split))
     for dataset in (config.dataset, *config.eval_datasets):
         split = read_split(config, dataset, "test", this.log)
         extra = {}
