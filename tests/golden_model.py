@@ -1,13 +1,18 @@
 """The small golden model: reference weights in our names, inputs, and how close is close enough."""
 
+import functools
 import pathlib
 import re
+from typing import NamedTuple
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from itself_jax import config as config_lib
-from itself_jax.models import itself
+from itself_jax import step
+from itself_jax.models import clip, itself, saliency
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 NUM_IDENTITIES = 7
@@ -141,3 +146,141 @@ def assert_close(actual, expected, tolerance: float, what: str = "") -> None:
     assert actual.shape == expected.shape, f"{what}: {actual.shape} against {expected.shape}"
     error = np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
     assert error <= tolerance, f"{what}: error {error:.2e} exceeds {tolerance:.0e}"
+
+
+class Run(NamedTuple):
+    """One training-mode forward and backward pass of the small golden model."""
+
+    loss: step.Loss
+    image: itself.Encoded
+    text: itself.Encoded
+    gradients: dict
+
+
+# Reference configuration → our saliency source and the optimiser step of ATS (None: ratio 0.4).
+SOURCES = ("mars", "mean", "std", "layer:5", "last")
+CONFIGS = {
+    "custom_none": ("mars", None),
+    "custom_s1": ("mars", 1),
+    "custom_s100": ("mars", 100),
+    "custom_s725": ("mars", 725),
+    "custom_s1450": ("mars", 1450),
+    "custom_s5000": ("mars", 5000),
+    "mean_none": ("mean", None),
+    "mean_s1": ("mean", 1),
+    "std_none": ("std", None),
+    "std_s725": ("std", 725),
+    "layer5_none": ("layer:5", None),
+    "layerlast_none": ("last", None),
+    "sl": ("last", None),
+    "sl_step1": ("last", None),  # the reference ignores ATS there
+}
+
+
+@functools.cache
+def train_pass():
+    """The jitted `compute_loss` and its gradient; the saliency source is an argument.
+
+    Compiling 24 layers takes half a minute, so one program serves every configuration: it computes
+    all saliencies by the functions under test and a traced index picks the one to select with.
+    `local_weight=0` leaves the gradient of the global branch alone.
+    """
+    model = build()
+    parse, of = saliency.parse_source, saliency.saliency
+
+    def every_layer(name, depth, **kwargs):
+        return saliency.Source("all", tuple(range(depth)), 0.25)
+
+    def run(params, batch_stats, batch, source, k, local_weight):
+        def chosen(attention, _, query):
+            all_of_them = [of(attention, parse(name, 12), query) for name in SOURCES]
+            return jnp.stack(all_of_them)[source]
+
+        def objective(params):
+            encoded = []
+
+            def recorded(*args):
+                encoded.append(encode(*args))
+                return encoded[-1]
+
+            variables = {"params": params, "batch_stats": batch_stats}
+            with mock.patch.object(step, "encode", recorded):
+                loss = step.compute_loss(model, config_lib.Loss(), variables, *batch, k)
+            total = loss.total - (1 - local_weight) * sum(loss.branches[1])
+            return total, Run(loss, *encoded[0][:2], {})
+
+        encode = step.encode
+        with (
+            mock.patch.object(saliency, "parse_source", every_layer),
+            mock.patch.object(saliency, "saliency", chosen),
+        ):
+            gradients, result = jax.grad(objective, has_aux=True)(params)
+        return result._replace(gradients=gradients)
+
+    return jax.jit(run)
+
+
+@functools.cache
+def limits(current_step: int | None) -> itself.BankLimits:
+    """k of the small model at one optimiser step, by the functions under test."""
+    if current_step is None:
+        return itself.bank_limits(MODEL, config_lib.Local(ats=False), True)
+    table = step.bank_schedule(config_lib.Config(model=MODEL), (1,))
+    return itself.BankLimits(*(int(k) for k in table[min(current_step, len(table) - 1)]))
+
+
+@functools.cache
+def golden_run(config: str) -> Run:
+    """The pass of one golden configuration from the stored state, on the host."""
+    source, current_step = ("mars", 1) if config == "only_global" else CONFIGS[config]
+    return run(variables(), source, limits(current_step), local=config != "only_global")
+
+
+def run(state: dict, source: str, k: itself.BankLimits, *, local: bool = True) -> Run:
+    """One pass over the golden batch."""
+    result = train_pass()(
+        state["params"],
+        state["batch_stats"],
+        tuple(batch().values()),
+        np.int32(SOURCES.index(source)),
+        itself.BankLimits(*(np.int32(x) for x in k)),
+        np.float32(local),
+    )
+    return jax.device_get(result)
+
+
+def error(actual, expected) -> float:
+    """Largest difference relative to the largest expected value."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30))
+
+
+class Features(NamedTuple):
+    """Inference on the golden batch: towers with all maps, and encodings by inference source."""
+
+    image: clip.TowerOutput
+    text: clip.TowerOutput
+    encoded: dict[str, tuple[itself.Encoded, itself.Encoded]]
+
+
+@functools.cache
+def features() -> Features:
+    """Both encoders with the attention of all layers, and the local branch fed by two sources."""
+    layers = tuple(range(12))
+
+    def run(state, images, ids):
+        image = build().apply(
+            state, images, method=lambda m, x: m.image_encoder(x, map_layers=layers)
+        )
+        text = build().apply(state, ids, method=lambda m, x: m.text_encoder(x, map_layers=layers))
+        encoded = {}
+        for source in ("last", "mars"):
+            model = build(inference_saliency=source)
+            encoded[source] = (
+                model.apply(state, images, method="encode_image"),
+                model.apply(state, ids, method="encode_text"),
+            )
+        return Features(image, text, encoded)
+
+    data = batch()
+    return jax.device_get(jax.jit(run)(variables(), data["images"], data["ids"]))

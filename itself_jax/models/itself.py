@@ -38,7 +38,7 @@ class IdentityHeads(nn.Module):
     width: int
 
     def setup(self) -> None:
-        exact = transformer.matmul_precision(jnp.float32)
+        exact = transformer.matmul_precision(jnp.dtype(jnp.float32))
         classifier = {
             "kernel_init": nn.initializers.normal(1e-3),
             "dtype": jnp.float32,
@@ -81,7 +81,7 @@ class ITSELF(nn.Module):
     model: config_lib.Model
     local: config_lib.Local
     num_identities: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         model = self.model

@@ -1,0 +1,197 @@
+"""The whole model against the reference's numbers, and what its two modes select with."""
+
+import json
+import re
+
+import golden_model
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from itself_jax import config as config_lib
+from itself_jax import optim
+from itself_jax.models import itself
+
+GOLDEN = golden_model.load("golden_f32_mixed_s16.npz")
+ALL_CONFIGS = (*golden_model.CONFIGS, "only_global")
+# These biases sit before a BatchNorm, which removes them: their true gradient is zero.
+NO_EFFECT = re.compile(r".*_emb_layer\.mlp\.layers\.0\.bias")
+
+
+def golden(config: str, name: str) -> np.ndarray:
+    return GOLDEN[f"stable/{config}/{name}"]
+
+
+def param_names(config: str) -> list[str]:
+    key = "param_names_only_global" if config == "only_global" else "param_names"
+    return [str(name) for name in GOLDEN[key]]
+
+
+@pytest.mark.parametrize("config", golden_model.CONFIGS)
+def test_selected_tokens_are_the_references(config):
+    run = golden_model.golden_run(config)
+    for side, bank in (("image", run.image.bank), ("text", run.text.bank)):
+        expected = golden(config, f"topk_{side}")
+        k = int(golden(config, f"k_{side}").item())
+        assert bank.kept.sum() == k == expected.shape[1]
+        np.testing.assert_array_equal(
+            np.sort(bank.indices[:, :k], axis=1), np.sort(expected, axis=1)
+        )
+        assert bank.kept[:k].all()
+
+
+@pytest.mark.parametrize("config", golden_model.CONFIGS)
+def test_local_embeddings_in_training_are_the_references(config):
+    run = golden_model.golden_run(config)
+    golden_model.assert_close(run.image.embedding.local, golden(config, "grab_image"), 3e-5)
+    golden_model.assert_close(run.text.embedding.local, golden(config, "grab_text"), 3e-5)
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS)
+def test_every_loss_term_is_the_references(config):
+    loss = golden_model.golden_run(config).loss
+    for branch, name, cid in zip(
+        loss.branches, ("global", "grab"), ("closs1_cid_global", "closs2_cid_grab"), strict=True
+    ):
+        if config == "only_global" and name == "grab":
+            continue
+        golden_model.assert_close(branch.tal, golden(config, f"tal_{name}"), 5e-6, "TAL")
+        golden_model.assert_close(branch.cid, golden(config, cid), 5e-6, "CID")
+        ids = golden(config, f"id_{name}_image") + golden(config, f"id_{name}_text")
+        golden_model.assert_close(branch.id, ids, 5e-6, "ID")
+    if config != "only_global":
+        golden_model.assert_close(loss.total, golden(config, "total_loss"), 5e-6, "total")
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS)
+def test_gradient_norm_of_every_parameter_is_the_references(config):
+    gradients = golden_model.flat(golden_model.golden_run(config).gradients)
+    names = param_names(config)
+    squares = 0.0
+    worst = ("", 0.0)
+    for name, expected in zip(names, golden(config, "grad/norms"), strict=True):
+        ours = gradients[golden_model.our_name(name)].astype(np.float64)
+        norm = np.sqrt(np.square(ours).sum())
+        squares += norm**2
+        if np.isnan(expected):  # the reference gives this parameter no gradient at all
+            assert norm == 0, name
+        elif NO_EFFECT.fullmatch(name):
+            assert norm < 1e-5, name
+        else:
+            worst = max(worst, (name, abs(norm - expected) / expected), key=lambda x: x[1])
+    assert worst[1] <= 1e-4, f"{worst[0]}: {worst[1]:.1e}"
+    golden_model.assert_close(np.sqrt(squares), golden(config, "grad/global_norm"), 1e-5)
+
+
+@pytest.mark.parametrize("config", ("custom_s1", "sl", "only_global", "mean_none"))
+def test_full_gradients_are_the_references(config):
+    gradients = golden_model.flat(golden_model.golden_run(config).gradients)
+    prefix = f"stable/{config}/grad/full/"
+    names = [key.removeprefix(prefix) for key in GOLDEN if key.startswith(prefix)]
+    assert len(names) == (9 if config == "only_global" else 13)
+    for name in names:
+        expected = golden_model.our_array(name, GOLDEN[prefix + name])
+        golden_model.assert_close(gradients[golden_model.our_name(name)], expected, 1e-4, name)
+
+
+def test_parameters_without_gradient_are_those_that_the_optimiser_leaves_alone():
+    names = param_names("custom_s1")
+    norms = golden("custom_s1", "grad/norms")
+    without = {golden_model.our_name(n) for n, x in zip(names, norms, strict=True) if np.isnan(x)}
+    groups = optim.groups(golden_model.variables()["params"], config_lib.Optim())
+    untrained = {path for path, trained in golden_model.flat(groups.trained).items() if not trained}
+    assert without == untrained
+    assert len(without) == 6
+
+
+@pytest.mark.parametrize("config", golden_model.CONFIGS)
+def test_batch_norm_statistics_after_one_step_are_the_references(config):
+    before = golden_model.flat(golden_model.variables()["batch_stats"])
+    after = golden_model.flat(golden_model.golden_run(config).loss.batch_stats)
+    prefix = f"stable/{config}/bn_after/"
+    names = [key.removeprefix(prefix) for key in GOLDEN if key.startswith(prefix)]
+    assert len(names) == 6
+    for name in names:
+        path = golden_model.our_name(name)
+        golden_model.assert_close(after[path], GOLDEN[prefix + name], 1e-5, path)
+        assert not np.array_equal(after[path], before[path])
+    unused = [path for path in after if "unused" in path]
+    assert len(unused) == 6
+    for path in unused:
+        np.testing.assert_array_equal(after[path], before[path])
+
+
+@pytest.mark.parametrize("branch", ("global", "grab"))
+def test_logits_of_pairs_and_identities_are_the_references(branch):
+    """`pair_logits` and `identity_logits` on the reference's pairs, both orders."""
+    config = "custom_s725"
+    run = golden_model.golden_run(config)
+    side = 0 if branch == "global" else 1
+    image, text = (jnp.asarray(x.embedding[side]) for x in (run.image, run.text))
+    width = image.shape[1]
+    heads = itself.IdentityHeads(golden_model.NUM_IDENTITIES + 1, width)
+    params = golden_model.variables()["params"]["global_heads" if side == 0 else "local_heads"]
+    bound = heads.bind({"params": params})
+    for name, embedding in (("image", image), ("text", text)):
+        logits = bound.identity_logits(embedding)
+        golden_model.assert_close(logits, golden(config, f"id_logits_{name}_{branch}"), 3e-5)
+    # Pairs of the reference by i: (v_i, t_i), (v_neg, t_i), (v_i, t_neg).
+    visual, textual = (golden(config, f"neg_{s}_{branch}") for s in ("visual", "text"))
+    i = np.arange(len(image))
+    images = image[np.stack([i, visual, i], axis=1).ravel()]
+    texts = text[np.stack([i, i, textual], axis=1).ravel()]
+    forward, backward = bound.pair_logits(images, texts), bound.pair_logits(texts, images)
+    golden_model.assert_close(forward, golden(config, f"cid_logits1_{branch}"), 3e-5)
+    golden_model.assert_close(backward, golden(config, f"cid_logits2_{branch}"), 3e-5)
+
+
+def test_inference_embeddings_are_the_references():
+    """Global features, and GRAB on the running statistics fed by the last layer at ratio 0.4."""
+    image, text = golden_model.features().encoded["last"]
+    golden_model.assert_close(image.embedding.global_, GOLDEN["feat/encode_image"], 2e-5)
+    golden_model.assert_close(text.embedding.global_, GOLDEN["feat/encode_text"], 2e-5)
+    for side, encoded in (("image", image), ("text", text)):
+        for mode in ("stable", "native"):
+            expected = GOLDEN[f"feat/encode_{side}_grab_eval/{mode}"]
+            golden_model.assert_close(encoded.embedding.local, expected, 3e-5, side)
+
+
+def test_inference_may_select_with_mars_instead():
+    encoded = golden_model.features().encoded
+    for i, side in enumerate(("image", "text")):
+        expected = GOLDEN[f"feat/grab_eval_on_custom_{side}/stable"]
+        golden_model.assert_close(encoded["mars"][i].embedding.local, expected, 3e-5, side)
+        last = encoded["last"][i].embedding.local
+        assert golden_model.error(last, expected) > 1e-3, "the sources must differ here"
+
+
+@pytest.mark.parametrize("part", ("full_stride16", "full_stride12", "only_global_stride16"))
+def test_full_size_model_has_exactly_the_published_tensors(part):
+    published = json.loads((golden_model.FOLDER / "itself_vitb16_keys.json").read_text())
+    shapes = {name: shape for name, (shape, _) in published["full_stride16"]["state_dict"].items()}
+    settings = config_lib.Model()
+    if part == "full_stride12":
+        changed = published[part]["state_dict"]
+        shapes |= {name: shape for name, (shape, _) in changed.items()}
+        settings = config_lib.Model(stride=12)
+    local = part != "only_global_stride16"
+    if not local:
+        shapes = {n: s for n, s in shapes.items() if "emb_layer" not in n and "grab" not in n}
+    assert len(shapes) == published[part]["num_keys"]
+    expected = {}
+    for name, shape in shapes.items():
+        empty = np.broadcast_to(np.float16(0), shape)  # takes no memory
+        expected[golden_model.our_name(name)] = golden_model.our_array(name, empty).shape
+
+    model = itself.ITSELF(settings, config_lib.Local(enabled=local), num_identities=11003)
+    images = jax.ShapeDtypeStruct((2, 384, 128, 3), jnp.float32)
+    ids = jax.ShapeDtypeStruct((2, 77), jnp.int32)
+    created = jax.eval_shape(model.init, jax.random.key(0), images, ids)
+    ours = {}
+    for collection in created.values():
+        leaves, _ = jax.tree_util.tree_flatten_with_path(collection)
+        ours |= {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    assert ours == expected
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(created["params"]))
+    assert count == round(published[part]["params_M"] * 1e6)
