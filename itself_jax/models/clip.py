@@ -152,10 +152,11 @@ class TextEncoder(nn.Module):
 def _project(
     tokens: Float[Array, "b n d"], projection: Float[Array, "d e"], dtype: jnp.dtype
 ) -> Float[Array, "b n e"]:
-    return jnp.einsum(
-        "bnd,de->bne",
-        tokens.astype(dtype),
+    flat = jnp.einsum(
+        "rd,de->re",
+        tokens.astype(dtype).reshape(-1, tokens.shape[-1]),
         projection.astype(dtype),
         precision=transformer.matmul_precision(dtype),
         preferred_element_type=jnp.float32,  # losses and similarities are float32
     )
+    return flat.reshape(*tokens.shape[:-1], -1)

@@ -85,15 +85,9 @@ class GRAB(nn.Module):
         pooled = jnp.max(jnp.where(bank.valid[:, :, None], rows, -jnp.inf), axis=1)
         return pooled.astype(jnp.float32)
 
-    def _linear(self, name: str, fan_in: int, features: int) -> nn.Dense:
-        return nn.Dense(
-            features,
-            kernel_init=uniform_fan_in(fan_in),
-            bias_init=uniform_fan_in(fan_in),
-            dtype=self.dtype,
-            precision=transformer.matmul_precision(self.dtype),
-            name=name,
-        )
+    def _linear(self, name: str, fan_in: int, features: int):
+        init = uniform_fan_in(fan_in)
+        return transformer.dense(features, self.dtype, name, kernel_init=init, bias_init=init)
 
     def _declare_unused(self, e: int) -> None:
         if self.owns_unused_skip:

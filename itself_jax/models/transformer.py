@@ -31,6 +31,19 @@ def layer_norm(name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
+def dense(features: int, dtype: jnp.dtype, name: str, **init: nn.initializers.Initializer):
+    """A linear layer over the last axis, computed on (rows, features) whatever the leading axes.
+
+    The gradient of a three-axis product takes XLA's CPU compiler 1.6 times as long.
+    """
+    layer = nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), name=name, **init)
+
+    def apply(x: Float[Array, "*lead d"]) -> Float[Array, "*lead f"]:
+        return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
+
+    return apply
+
+
 class Attention(nn.Module):
     """Multi-head self-attention that can also return its head-averaged probabilities.
 
@@ -48,17 +61,15 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
         b, n, d = x.shape
         precision = matmul_precision(self.dtype)
-        dense = nn.Dense(
-            3 * d,
-            kernel_init=nn.initializers.normal(self.width_std),
-            dtype=self.dtype,
-            precision=precision,
-            name="in_proj",
+        init = nn.initializers.normal(self.width_std)
+        projected = dense(3 * d, self.dtype, "in_proj", kernel_init=init)(x)
+        q, k, v = (
+            part.reshape(b, n, self.heads, d // self.heads).swapaxes(1, 2)
+            for part in jnp.split(projected, 3, axis=-1)
         )
-        q, k, v = jnp.moveaxis(dense(x).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
         scale = (d // self.heads) ** -0.5
         logits = jnp.einsum(
-            "bqhd,bkhd->bhqk",
+            "bhqd,bhkd->bhqk",
             q * jnp.asarray(scale, self.dtype),
             k,
             precision=precision,
@@ -70,15 +81,11 @@ class Attention(nn.Module):
         # No gradient flows through the maps: they only choose tokens (paper, section 3.2).
         attention = jax.lax.stop_gradient(probabilities).mean(axis=1) if keep_map else None
         out = jnp.einsum(
-            "bhqk,bkhd->bqhd", probabilities.astype(self.dtype), v, precision=precision
+            "bhqk,bhkd->bhqd", probabilities.astype(self.dtype), v, precision=precision
         )
-        out = nn.Dense(
-            d,
-            kernel_init=nn.initializers.normal(self.output_std),
-            dtype=self.dtype,
-            precision=precision,
-            name="out_proj",
-        )(out.reshape(b, n, d))
+        out = out.swapaxes(1, 2).reshape(b, n, d)
+        init = nn.initializers.normal(self.output_std)
+        out = dense(d, self.dtype, "out_proj", kernel_init=init)(out)
         return out, attention
 
 
@@ -101,20 +108,12 @@ class Block(nn.Module):
             self.heads, width_std, output_std, self.dtype, name="attention"
         )(layer_norm("ln_1")(x).astype(self.dtype), mask, keep_map=keep_map)
         x = x + attended
-        h = nn.Dense(
-            4 * d,
-            kernel_init=nn.initializers.normal((2 * d) ** -0.5),
-            dtype=self.dtype,
-            precision=matmul_precision(self.dtype),
-            name="mlp_in",
-        )(layer_norm("ln_2")(x).astype(self.dtype))
-        h = nn.Dense(
-            d,
-            kernel_init=nn.initializers.normal(output_std),
-            dtype=self.dtype,
-            precision=matmul_precision(self.dtype),
-            name="mlp_out",
-        )(ACTIVATIONS[self.activation](h))
+        init = nn.initializers.normal((2 * d) ** -0.5)
+        h = layer_norm("ln_2")(x).astype(self.dtype)
+        h = dense(4 * d, self.dtype, "mlp_in", kernel_init=init)(h)
+        h = ACTIVATIONS[self.activation](h)
+        init = nn.initializers.normal(output_std)
+        h = dense(d, self.dtype, "mlp_out", kernel_init=init)(h)
         return x + h, attention
 
 
