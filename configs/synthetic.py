@@ -8,7 +8,7 @@ import ml_collections
 from itself_jax import config as config_lib
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config = config_lib.default()
     config.dataset = "synthetic"
     model = config.model
@@ -27,4 +27,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.optim.learning_rate = 5e-4
     config.optim.local_learning_rate = 1e-3
     config.optim.eps = 1e-8
-    return config
+    return config_lib.apply_variants(config, variants)

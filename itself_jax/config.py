@@ -165,6 +165,36 @@ def default() -> ml_collections.ConfigDict:
     return _to_config_dict(Config())
 
 
+def apply_variants(config: ml_collections.ConfigDict, names: str) -> ml_collections.ConfigDict:
+    """Applies comma-separated ablations, e.g. `configs/cuhk.py:baseline,stride12`.
+
+    `baseline` global branch only; `sl` one layer's map, no ATS; `sl_ats`; `mars` no ATS; `itself`
+    (the default) MARS and ATS; `stride12` overlapping patches; `vit_b32` patches of 32 pixels.
+
+    Raises:
+      ConfigError: an unknown variant, with the nearest known one.
+    """
+    # The layer of lowest attention entropy, the third of twelve (paper, Fig. 7).
+    depth = min(config.model.vision_depth, config.model.text_depth)
+    layer = f"layer:{max(0, depth // 4 - 1)}"
+    known = {
+        "itself": {},
+        "baseline": {"local.enabled": False},
+        "sl": {"local.saliency": layer, "local.ats": False},
+        "sl_ats": {"local.saliency": layer},
+        "mars": {"local.ats": False},
+        "stride12": {"model.stride": 12},
+        "vit_b32": {"model.patch_size": 32},
+    }
+    for name in filter(None, names.split(",")):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"variant {name!r} is unknown; known: {', '.join(known)}.{hint}")
+        config.update_from_flattened_dict(known[name])
+    return config
+
+
 def from_dict(settings: ml_collections.ConfigDict | Mapping[str, Any]) -> Config:
     """Checks a ConfigDict (or nested dict) and freezes it.
 
