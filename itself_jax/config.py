@@ -284,6 +284,8 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
 
 def _coerce(key: str, hint: Any, value: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value == "None" and type(None) in options:
+        return None
     if isinstance(value, str) and str not in options:
         try:
             value = ast.literal_eval(value)
