@@ -182,7 +182,7 @@ class Training:
             loss=loss.total,
             loss_tal=sum(branch.tal for branch in loss.branches),
             loss_cid=sum(branch.cid + branch.id for branch in loss.branches),
-            grad_norm=optax.global_norm(gradients),
+            grad_norm=optax.tree.norm(gradients),
             learning_rate=factor * self.config.optim.learning_rate,
             bank_image=k.image,
             bank_text=k.text,

@@ -63,7 +63,8 @@ def run(
     log = print_line
     directory = workdir.Workdir(path)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
-    directory.claim(config, step.compute_dtype(config.precision).name, log)
+    compute_dtype = step.compute_dtype(config.precision).name
+    directory.claim(config, compute_dtype, log)
     if finished := directory.finished():
         log(f"{directory.path} is finished (best epoch {finished['best_epoch']}): see results/.")
         return
@@ -94,6 +95,7 @@ def run(
     train_step = compile_step(training, template, mesh)
     encoders = compile_encoders(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
+    directory.describe(config, compute_dtype)
 
     with checkpoint.Checkpoints(directory.checkpoints, log=log) as checkpoints:
         state, progress = restore_or_init(this, checkpoints, template)

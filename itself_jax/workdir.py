@@ -40,7 +40,10 @@ class Workdir:
         self._tensorboard: tensorboardX.SummaryWriter | None = None
 
     def claim(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
-        """Makes the directory ours, or checks that it is and that its configuration agrees."""
+        """Makes the directory, or checks that it is ours and that its configuration agrees.
+
+        Writes nothing: a start that fails later leaves it free for another configuration.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             entries = [e.name for e in self.path.iterdir() if not e.name.startswith(".tmp-")]
@@ -53,6 +56,9 @@ class Workdir:
                 f"{self.path} is not empty and holds no {_CONFIG} (found {sorted(entries)[0]!r}): "
                 "it belongs to something else; give another --workdir."
             )
+
+    def describe(self, config: config_lib.Config, compute_dtype: str) -> None:
+        """Writes `config.json`: from here on the directory belongs to this configuration."""
         self.write_json(
             _CONFIG,
             {
