@@ -34,8 +34,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
         for argument in argv[1:]:
             override = re.match(r"--config\.([^=]+)", argument)
-            if override and override.group(1) not in known:
-                raise config_lib.ConfigError(config_lib.unknown_key(override.group(1)))
+            key = override.group(1) if override else ""
+            if group := [name for name in known if name.startswith(f"{key}.")]:
+                raise config_lib.ConfigError(
+                    f"config.{key} is a group of keys; set one of them, e.g. --config.{group[0]}=…"
+                )
+            if override and key not in known:
+                raise config_lib.ConfigError(config_lib.unknown_key(key))
         rest = flags.FLAGS(list(argv))
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}; values with spaces need quotes")
