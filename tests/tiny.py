@@ -1,6 +1,7 @@
 """The smallest configuration that has every part: the tests of the main job run it whole.
 
-Its 16 steps end their epochs at 5, 11 and 16.
+Its 16 steps end their epochs at 5, 11 and 16. It imports no jax at the top: as a `--config` file it
+is read before flags are refused.
 """
 
 import json
@@ -11,10 +12,9 @@ import sys
 
 import ml_collections
 import numpy as np
-import orbax.checkpoint as ocp
 
 from itself_jax import config as config_lib
-from itself_jax import interrupt, train
+from itself_jax import interrupt
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 EPOCH_ENDS = (5, 11, 16)
@@ -75,6 +75,8 @@ class StopAt(interrupt.Interrupts):
 
 
 def run(config: config_lib.Config, path: pathlib.Path) -> pathlib.Path:
+    from itself_jax import train
+
     train.run(config, path, interrupt.Interrupts())
     return path
 
@@ -100,12 +102,15 @@ def newest(path: pathlib.Path) -> pathlib.Path:
 
 
 def document(checkpoint: pathlib.Path) -> dict:
+    import orbax.checkpoint as ocp
+
     return ocp.JsonCheckpointHandler().restore(checkpoint / "meta")
 
 
 def arrays(checkpoint: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of a checkpoint, by name."""
     import jax
+    import orbax.checkpoint as ocp
 
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         tree = reader.restore(checkpoint / "state")
