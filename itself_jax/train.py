@@ -92,8 +92,8 @@ def run(
     template = state_template(training, mesh)
     log(describe(config, train_split, stream, template, mesh))
     # Everything is compiled before the first step, so that no later signal meets a compiler.
-    train_step = compile_step(training, template, mesh)
     encoders = compile_encoders(training, template, mesh)
+    train_step = compile_step(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
     directory.describe(config, compute_dtype)
 
@@ -122,6 +122,7 @@ def run(
                         save()
                     if meter.step == stream.total_steps:
                         break
+                    meter.restart_clock()
                     with jax.transfer_guard("disallow"):
                         while meter.step < ends[progress.epoch]:
                             interrupts.check()
@@ -412,6 +413,10 @@ class Meter:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+
+    def restart_clock(self) -> None:
+        """Counts time from here: validations and saves are not part of the training speed."""
+        self._clock = time.monotonic()
 
     def record(self, metrics: step.StepMetrics) -> None:
         """Takes note of the step that was just queued."""

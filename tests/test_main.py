@@ -400,8 +400,10 @@ def test_odd_captions_and_lone_pairs_are_counted_and_trained_on(benchmark, compi
     assert all(np.isfinite(row["R1"]) for row in found["rows"])
     assert "rstp_reid train has" in done.stderr
     (line,) = (x for x in done.stderr.splitlines() if "train has" in x)
-    assert "3 empty captions" in line
-    assert "captions without a word" in line
+    assert "2 empty captions" in line
+    assert "3 captions without a word" in line
+    assert "3 captions of more than 100 words" in line
+    assert "6 captions with control characters or CLIP's special tokens" in line
     assert "1 identities with one pair" in line
     assert len(done.stderr.splitlines()) <= 3  # one for each split
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 
 import numpy as np
 
@@ -17,6 +18,8 @@ _LOG = logging.getLogger("itself_jax")
 _RSTP_FORM_FOLDERS = {"rstp_reid": "RSTPReid", "synthetic": ""}
 _PLANNED = ("cuhk_pedes", "icfg_pedes", "jsonl")
 _INT32 = np.iinfo(np.int32)
+_LONG_CAPTION = 100  # words; the benchmarks' captions have about 25, CLIP takes 77 pieces
+_NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]|<\|(?:startoftext|endoftext|mask)\|>")
 
 
 class DataError(ValueError):
@@ -220,6 +223,12 @@ def _log_oddities(split: Split) -> None:
         odd.append(f"{empty} empty captions")
     if wordless:
         odd.append(f"{wordless} captions without a word")
+    long = sum(len(caption.split()) > _LONG_CAPTION for caption in split.captions)
+    if long:
+        odd.append(f"{long} captions of more than {_LONG_CAPTION} words (cut at text_length)")
+    marked = sum(bool(_NO_TEXT.search(caption)) for caption in split.captions)
+    if marked:
+        odd.append(f"{marked} captions with control characters or CLIP's special tokens")
     if split.split == "train":
         single = int(np.sum(np.bincount(split.caption_ids) == 1))
         if single:
