@@ -88,6 +88,8 @@ def test_odd_captions_go_on_with_one_counted_line(tmp_path, caplog):
     assert split.captions[:7] == tuple(captions)
     assert [record.getMessage() for record in caplog.records] == [
         "synthetic train has 2 empty captions, 2 captions without a word, "
+        "1 captions of more than 100 words (cut at text_length), "
+        "2 captions with control characters or CLIP's special tokens, "
         "1 identities with one pair (drawn repeatedly); going on."
     ]
 
