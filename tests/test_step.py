@@ -163,7 +163,8 @@ def test_a_step_is_the_gradient_of_the_loss_through_adam_times_the_epochs_factor
         if path.endswith("grab/mlp_in/bias"):  # before a BatchNorm: its gradient is noise
             continue
         moved = ours[path].astype(np.float64) - before[path]
-        golden_model.assert_close(moved, factor * update, 1e-3, path)
+        # Two programs: a gradient off by 1e-5 moves eps = 1e-3 worth of Adam by 1 %.
+        golden_model.assert_close(moved, factor * update, 1e-2, path)
         assert np.any(moved != 0) == ("unused" not in path), path
     assert int(after.step) == 1
     golden_model.assert_close(metrics.loss, loss.total, 1e-6)
