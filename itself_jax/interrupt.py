@@ -27,16 +27,26 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        self._importing = False
         self._unsaved = False
 
     def install(self) -> None:
         """Takes over both signals of this process; call it once, in the main thread."""
+        self._importing = True
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(writer)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def imported(self) -> None:
+        """All modules are there; until now a signal ends the process on the spot.
+
+        An exception raised by a handler inside an extension module's initialisation is swallowed,
+        becomes an ImportError, or aborts the process. Nothing has been written yet.
+        """
+        self._importing = False
 
     @contextlib.contextmanager
     def unsaved_work(self) -> Iterator[None]:
@@ -54,6 +64,8 @@ class Interrupts:
             raise Interrupted
 
     def _handle(self, number: int, frame: object) -> None:
+        if self._importing:
+            os._exit(EXIT_CODE)
         first, self.requested = not self.requested, True
         if first and not self._unsaved:
             raise Interrupted

@@ -66,10 +66,9 @@ def main(argv: Sequence[str]) -> None:
         # Imported late: a signal or a bad flag must not wait for jax.
         from itself_jax import train
 
+        _INTERRUPTS.imported()
         command = train.run if _MODE.value == "train" else train.evaluate_only
         command(config, _WORKDIR.value, _INTERRUPTS)
-    except interrupt.Interrupted:
-        _stop(interrupt.EXIT_CODE, None)
     except config_lib.ConfigError as error:
         _stop(_REJECTED, error)
     except Exception as error:
@@ -94,5 +93,8 @@ def _stop(code: int, reason: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    _INTERRUPTS.install()
-    app.run(main, flags_parser=parse_flags)
+    try:
+        _INTERRUPTS.install()
+        app.run(main, flags_parser=parse_flags)
+    except interrupt.Interrupted:
+        _stop(interrupt.EXIT_CODE, None)

@@ -11,7 +11,11 @@ import tiny
 
 from itself_jax import interrupt
 
-HEAD = "import itself_jax.interrupt as interrupt, time, sys\ni = interrupt.Interrupts()\n"
+HEAD = """
+import itself_jax.interrupt as interrupt, time, sys
+i = interrupt.Interrupts()
+i.install()
+"""
 
 
 def start(body: str) -> subprocess.Popen:
@@ -59,7 +63,7 @@ def test_a_request_is_raised_where_it_is_checked_and_no_except_clause_swallows_i
 @NUMBERS
 def test_work_that_need_not_be_saved_is_cut_short(number):
     process = start("""
-        i.install()
+        i.imported()
         try:
             print("ready", flush=True)
             for _ in range(400):
@@ -74,9 +78,26 @@ def test_work_that_need_not_be_saved_is_cut_short(number):
 
 
 @NUMBERS
+def test_a_signal_during_imports_ends_the_process_on_the_spot(number):
+    # An exception would be swallowed here, as it is in some extension modules.
+    process = start("""
+        while True:
+            try:
+                print("ready", flush=True)
+                time.sleep(20)
+            except BaseException:
+                pass
+    """)
+    process.send_signal(number)
+    code, _, err, seconds = finish(process)
+    assert (code, err) == (75, "")
+    assert seconds < 3
+
+
+@NUMBERS
 def test_unsaved_work_goes_on_to_its_check_whatever_number_of_signals_comes(number):
     process = start("""
-        i.install()
+        i.imported()
         with i.unsaved_work():
             print("ready", flush=True)
             while not i.requested:
@@ -99,7 +120,7 @@ def test_a_call_during_which_no_handler_runs_is_abandoned_within_15_seconds():
     # As in a compiler: another thread takes the signal, the main one never returns to Python.
     process = start("""
         import signal, threading
-        i.install()
+        i.imported()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         lock = threading.Lock()
         lock.acquire()
