@@ -505,7 +505,8 @@ class _OrbaxFilter(logging.Filter):
         if logging.getLogger("absl").getEffectiveLevel() <= logging.DEBUG:
             return True
         source = record.getMessage() if record.name == "asyncio" else record.pathname
-        return f"{os.sep}orbax{os.sep}" not in source and "tensorstore" not in source
+        names = (f"{os.sep}orbax{os.sep}", "tensorstore", _UNFINISHED)
+        return not any(name in source for name in names)
 
 
 class _UnraisableFilter:
