@@ -455,7 +455,8 @@ class Meter:
         record = {"step": number, "epoch": epoch}
         record |= {name: x.item() for name, x in value._asdict().items()}
         self._this.workdir.write_metrics(record | {"pairs_per_second": round(self._rate, 2)})
-        self._bar.set_postfix(epoch=epoch, loss=f"{record['loss']:.3f}", refresh=False)
+        shown = {"epoch": epoch, "loss": f"{record['loss']:.3f}", "pairs/s": f"{self._rate:.0f}"}
+        self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
             left = (self._stream.total_steps - number) * self._this.config.batch_size / self._rate
             self._this.log(

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import termios
 import time
 
 import numpy as np
@@ -226,10 +227,11 @@ def test_without_a_terminal_progress_is_plain_lines(reference):
 
 def test_on_a_terminal_progress_is_a_bar(data, compiled, tmp_path):
     leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 120))
     process = subprocess.Popen(
         tiny.command(f"--workdir={tmp_path / 'run'}", f"--config.data_root={data}"),
         cwd=tiny.ROOT,
-        env={**tiny.environment(compiled), "COLUMNS": "100"},
+        env=tiny.environment(compiled),
         stdin=follower,
         stdout=follower,
         stderr=follower,
@@ -244,7 +246,8 @@ def test_on_a_terminal_progress_is_a_bar(data, compiled, tmp_path):
     os.close(leader)
     assert process.wait(60) == 0
     text = shown.decode()
-    assert re.search(r"100%\|.*\| 16/16 .*epoch=3, loss=\d", text)
+    assert re.search(r"<\d\d:\d\d, ", text)  # the time that is left
+    assert re.search(r"100%\|.*\| 16/16 .*epoch=3, loss=\d+\.\d+, pairs/s=\d", text)
     assert "epoch 2: val R@1" in text
     assert "pairs/s  ETA" not in text
 
@@ -347,10 +350,13 @@ def test_a_full_disk_while_saving_exits_with_1_and_goes_on_with_space(
     assert started.stop(signal.SIGTERM) == interrupt.EXIT_CODE
     before = tiny.newest(path)
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
-    done = tiny.call(*arguments, cache=compiled, preexec_fn=limit)
+    limited = Started(tmp_path / "limited", *arguments, cache=compiled)
+    # Every file beyond 1 MB is refused, as by a full disk.
+    resource.prlimit(limited.process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    limited.process.wait(240)
+    done = subprocess.CompletedProcess(
+        [], limited.process.returncode, limited.stdout, limited.stderr
+    )
     assert_refused(done, 1, r"step \d+ could not be saved in .*(File too large|No space left)")
     assert tiny.newest(path) == before
     assert not list(path.rglob("*tmp*"))
