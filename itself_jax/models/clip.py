@@ -89,7 +89,7 @@ class ImageEncoder(nn.Module):
             strides=self.stride,
             padding="VALID",
             use_bias=False,
-            kernel_init=nn.initializers.normal((3 * patch * patch) ** -0.5),
+            kernel_init=transformer.uniform_fan_in(3 * patch * patch),
             dtype=self.dtype,
             precision=precision,
             name="patch_embedding",

@@ -1,22 +1,10 @@
 """GRAB: the local embedding of a bank of selected tokens (paper, section 3.3)."""
 
-import math
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from itself_jax.models import saliency, transformer
-
-
-def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
-    """U(±1/√fan_in): what PyTorch gives a linear layer's kernel and bias."""
-    bound = 1 / math.sqrt(fan_in)
-
-    def init(key, shape, dtype=jnp.float32):
-        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
-
-    return init
 
 
 class BankBatchNorm(nn.Module):
@@ -86,13 +74,13 @@ class GRAB(nn.Module):
         return pooled.astype(jnp.float32)
 
     def _linear(self, name: str, fan_in: int, features: int):
-        init = uniform_fan_in(fan_in)
+        init = transformer.uniform_fan_in(fan_in)
         return transformer.dense(features, self.dtype, name, kernel_init=init, bias_init=init)
 
     def _declare_unused(self, e: int) -> None:
         if self.owns_unused_skip:
-            self.param("unused_skip_kernel", uniform_fan_in(e), (e, self.dim))
-            self.param("unused_skip_bias", uniform_fan_in(e), (self.dim,))
+            self.param("unused_skip_kernel", transformer.uniform_fan_in(e), (e, self.dim))
+            self.param("unused_skip_bias", transformer.uniform_fan_in(e), (self.dim,))
         self.param("unused_norm_scale", nn.initializers.ones, (self.dim,))
         self.param("unused_norm_bias", nn.initializers.zeros, (self.dim,))
         self.variable("batch_stats", "unused_norm_mean", jnp.zeros, (self.dim,))

@@ -46,8 +46,8 @@ class IdentityHeads(nn.Module):
         }
         self.pair_mlp = nn.Dense(
             self.width,
-            kernel_init=grab.uniform_fan_in(2 * self.width),
-            bias_init=grab.uniform_fan_in(2 * self.width),
+            kernel_init=transformer.uniform_fan_in(2 * self.width),
+            bias_init=transformer.uniform_fan_in(2 * self.width),
             dtype=jnp.float32,
             precision=exact,
         )

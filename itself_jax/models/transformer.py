@@ -1,5 +1,6 @@
 """CLIP's pre-LN transformer, one module for both towers."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -19,6 +20,16 @@ class TransformerOutput(NamedTuple):
 
     tokens: Float[Array, "b n d"]
     attention: Mapping[int, Float[Array, "b n n"]]
+
+
+def uniform_fan_in(fan_in: int) -> nn.initializers.Initializer:
+    """U(±1/√fan_in): PyTorch's default for linear and convolution layers."""
+    bound = 1 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return nn.initializers.uniform(2 * bound)(key, shape, dtype) - bound
+
+    return init
 
 
 def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from itself_jax.models import grab, saliency
+from itself_jax.models import grab, saliency, transformer
 
 FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -126,7 +126,7 @@ def test_batch_norm_by_hand():
 
 def test_linears_start_uniform_within_one_over_the_root_of_their_inputs():
     for fan_in in (16, 400):
-        draw = grab.uniform_fan_in(fan_in)(jax.random.key(0), (100, 100))
+        draw = transformer.uniform_fan_in(fan_in)(jax.random.key(0), (100, 100))
         bound = 1 / np.sqrt(fan_in)
         assert float(jnp.abs(draw).max()) <= bound
         assert float(jnp.abs(draw).max()) > 0.99 * bound
