@@ -607,12 +607,12 @@ def test_evaluation_accepts_a_changed_configuration_and_an_explicit_source(
     fast, reference, data, tmp_path, capsys
 ):
     config = tiny.settings(data, seed=5, batch_size=8, init_from=str(reference))
+    best = json.loads((reference / "finished.json").read_text())["best_epoch"]
     train.evaluate_only(config, tmp_path / "other", interrupt.Interrupts())
-    assert f"Testing epoch 1 of {reference}." in capsys.readouterr().out
+    assert f"Testing epoch {best} of {reference}." in capsys.readouterr().out
     assert tiny.results(tmp_path / "other") == tiny.results(reference)
     third = tmp_path / "third"
     shutil.copytree(reference, third)
-    best = json.loads((reference / "finished.json").read_text())["best_epoch"]
     shutil.rmtree(third / "checkpoints" / str(tiny.EPOCH_ENDS[best - 1]))
     train.evaluate_only(config, third, interrupt.Interrupts())
     assert tiny.results(third) == tiny.results(reference)
@@ -684,29 +684,44 @@ def test_the_test_split_is_read_once_and_only_after_training(fast, data, tmp_pat
     assert events == ["train", "val", *range(1, 17), "test"]
 
 
-def test_epoch_and_weight_are_those_of_the_best_validation(fast, data, tmp_path, monkeypatch):
-    """Planted validation scores: the second epoch is the best, with weight 0.3."""
-    rank = retrieval.rank
-    calls = []
+def plant_scores(monkeypatch, *scores):
+    """The n-th ranking of the test gives R@1 `scores[n]` = (weight, R@1) at this weight only."""
+    rank, left = retrieval.rank, list(scores)
 
     def planted(embeddings, **kwargs):
-        calls.append(len(embeddings.image_ids))
         rows = rank(embeddings, **kwargs)
-        best = {1: (0.7, 50.0), 2: (0.3, 60.0), 3: (0.9, 60.0)}.get(len(calls))
-        if best is None:
+        if not left:
             return rows
+        weight, score = left.pop(0)
         return [
-            row._replace(metrics=row.metrics._replace(R1=best[1] if row.alpha == best[0] else 1.0))
+            row._replace(metrics=row.metrics._replace(R1=score if row.alpha == weight else 1.0))
             for row in rows
         ]
 
     monkeypatch.setattr(retrieval, "rank", planted)
+
+
+def test_epoch_and_weight_are_those_of_the_first_best_validation(fast, data, tmp_path, monkeypatch):
+    plant_scores(monkeypatch, (0.7, 50.0), (0.3, 60.0), (0.9, 60.0))
     path = tiny.run(tiny.settings(data), tmp_path / "run")
     assert tiny.results(path)["chosen_alpha"] == 0.3
     assert json.loads((path / "finished.json").read_text())["best_epoch"] == 2
     assert {p.name for p in (path / "checkpoints").iterdir()} == {"11", "16"}
     meta = tiny.document(path / "checkpoints" / "11")["meta"]
     assert (meta["score"], meta["best_score"], meta["best_alpha"]) == (60.0, 60.0, 0.3)
+
+
+def test_the_best_epoch_survives_an_interruption(fast, data, tmp_path, monkeypatch):
+    plant_scores(monkeypatch, (0.7, 50.0), (0.3, 20.0), (0.9, 30.0))
+    config, path = tiny.settings(data), tmp_path / "run"
+    stop(config, path, 1 + 5 + 3 + 2)  # in the second epoch
+    tiny.run(config, path)
+    assert {p.name for p in (path / "checkpoints").iterdir()} == {"5", "11", "16"}
+    meta = tiny.document(path / "checkpoints" / "16")["meta"]
+    assert (meta["score"], meta["best_score"]) == (30.0, 50.0)
+    assert (meta["best_epoch"], meta["best_alpha"]) == (1, 0.7)
+    assert tiny.results(path)["chosen_alpha"] == 0.7
+    assert json.loads((path / "finished.json").read_text())["best_epoch"] == 1
 
 
 def test_the_paper_protocol_validates_on_test_and_says_so(fast, data, tmp_path):
