@@ -75,7 +75,7 @@ class Interrupts:
             number = os.read(reader, 1)
             if number and number[0] in (signal.SIGTERM, signal.SIGINT):
                 break
-        self.requested = True
+        # `requested` is left to `_handle`, which has to see that this is the first signal.
         time.sleep(_PATIENCE)
         while self._unsaved:
             time.sleep(0.1)
