@@ -3,24 +3,19 @@
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 from itself_jax import checkpoint, evaluate, interrupt, retrieval, sharding, step, workdir
 from itself_jax import config as config_lib
+from itself_jax import meter as meter_lib
 from itself_jax.data import pipeline, records, synthetic, tokenizer
 
 Log = Callable[[str], None]
-
-
-class NonFiniteLossError(RuntimeError):
-    """Training diverged; the message names the step and the file with the batch's pictures."""
 
 
 class Progress(NamedTuple):
@@ -60,7 +55,7 @@ def run(
       Interrupted: a signal came; everything is saved.
     """
     started = time.monotonic()
-    log = print_line
+    log = meter_lib.print_line
     directory = workdir.Workdir(path)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     compute_dtype = step.compute_dtype(config.precision).name
@@ -101,7 +96,7 @@ def run(
         state, progress = restore_or_init(this, checkpoints, template)
         saved = (int(state.step), progress.validated)
         ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
-        meter = Meter(this, stream, start=int(state.step))
+        meter = meter_lib.Meter(config, directory, stream, start=int(state.step))
 
         def save() -> None:
             nonlocal saved
@@ -151,7 +146,7 @@ def run(
     log(f"Testing epoch {best.meta['epoch']}, the best on {validation_split.split}.")
     test(this, best.state, alpha)
     directory.finish({"step": stream.total_steps, "best_epoch": best.meta["epoch"]})
-    log(f"Finished in {clock(time.monotonic() - started)}: {directory.path / 'results'}")
+    log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
 
 def evaluate_only(
@@ -166,7 +161,7 @@ def evaluate_only(
       ConfigError, DataError, WorkdirError, CheckpointError: one sentence each.
       Interrupted: a signal came.
     """
-    log = print_line
+    log = meter_lib.print_line
     directory = workdir.Workdir(path)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     source = directory.path if config.init_from is None else pathlib.Path(config.init_from)
@@ -391,105 +386,6 @@ def test(this: Run, state: step.TrainState, alpha: float) -> None:
         this.log(evaluate.format_table(summary))
 
 
-class Meter:
-    """Counts steps, reads their metrics back late, and reports them.
-
-    Metrics stay on the device until a report is due; then all but the newest step are read, so that
-    the device always has one step queued.
-    """
-
-    def __init__(self, this: Run, stream: pipeline.TrainStream, *, start: int) -> None:
-        self.step = start
-        self._this = this
-        self._stream = stream
-        self._pending: list[tuple[int, step.StepMetrics]] = []
-        self._clock = time.monotonic()
-        self._clocked_step = start
-        self._rate = math.nan
-        self._bar = tqdm.tqdm(
-            total=stream.total_steps,
-            initial=start,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
-        )
-
-    def restart_clock(self) -> None:
-        """Counts time from here: validations and saves are not part of the training speed."""
-        self._clock = time.monotonic()
-
-    def record(self, metrics: step.StepMetrics) -> None:
-        """Takes note of the step that was just queued."""
-        self.step += 1
-        self._pending.append((self.step, metrics))
-        self._bar.update()
-        if (self.step - 1) % self._this.config.log_every == 0 and len(self._pending) > 1:
-            self._report(len(self._pending) - 1)
-
-    def flush(self) -> None:
-        """Reads and reports everything that is pending; waits for the device."""
-        self._report(len(self._pending))
-
-    def close(self) -> None:
-        """Ends the progress bar and flushes the event files."""
-        self._bar.close()
-        self._this.workdir.close()
-
-    def _report(self, count: int) -> None:
-        due, self._pending = self._pending[:count], self._pending[count:]
-        if not due:
-            return
-        values = read_metrics([metrics for _, metrics in due])
-        now, last = time.monotonic(), due[-1][0]
-        self._rate = (
-            (last - self._clocked_step) * self._this.config.batch_size / (now - self._clock)
-        )
-        self._clock, self._clocked_step = now, last
-        for (number, _), value in zip(due, values, strict=True):
-            self._check_finite(number, value)
-            if number % self._this.config.log_every == 0:
-                self._write(number, value)
-
-    def _write(self, number: int, value: step.StepMetrics) -> None:
-        epoch = self._stream.epoch_of(number - 1)
-        record = {"step": number, "epoch": epoch}
-        record |= {name: x.item() for name, x in value._asdict().items()}
-        self._this.workdir.write_metrics(record | {"pairs_per_second": round(self._rate, 2)})
-        shown = {"epoch": epoch, "loss": f"{record['loss']:.3f}", "pairs/s": f"{self._rate:.0f}"}
-        self._bar.set_postfix(shown, refresh=False)
-        if self._bar.disable:
-            left = (self._stream.total_steps - number) * self._this.config.batch_size / self._rate
-            self._this.log(
-                f"epoch {epoch}/{self._this.config.num_epochs}  step {number}/"
-                f"{self._stream.total_steps}  loss {record['loss']:.3f}  "
-                f"{self._rate:.0f} pairs/s  ETA {clock(left)}"
-            )
-
-    def _check_finite(self, number: int, value: step.StepMetrics) -> None:
-        if np.isfinite(value.loss) and np.isfinite(value.grad_norm):
-            return
-        path = self._this.workdir.write_json(
-            f"nonfinite-step-{number}.json",
-            {
-                "step": number,
-                "epoch": self._stream.epoch_of(number - 1),
-                "loss": repr(float(value.loss)),
-                "grad_norm": repr(float(value.grad_norm)),
-                "images": self._stream.paths(number - 1),
-            },
-        )
-        raise NonFiniteLossError(
-            f"Step {number}: the loss is {float(value.loss)} and the gradient norm "
-            f"{float(value.grad_norm)}; the batch's pictures are listed in {path}. The last good "
-            "checkpoint is kept: look at the pictures, or lower config.optim.learning_rate."
-        )
-
-
-def read_metrics(metrics: list[step.StepMetrics]) -> list[step.StepMetrics]:
-    """The one place where the loop waits for the device."""
-    return jax.device_get(metrics)
-
-
 def describe(
     config: config_lib.Config,
     split: records.Split,
@@ -505,16 +401,3 @@ def describe(
         f"{stream.total_steps} steps of {config.batch_size} pairs on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s)."
     )
-
-
-def clock(seconds: float) -> str:
-    """m:ss, or h:mm:ss from an hour on."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def print_line(text: str) -> None:
-    """Prints above a progress bar, if there is one, and at once."""
-    tqdm.tqdm.write(text)
-    sys.stdout.flush()

@@ -128,11 +128,9 @@ def test_a_run_killed_at_three_moments_ends_as_if_never_killed(
 def test_a_run_stopped_by_signals_ends_as_if_never_stopped(reference, data, compiled, tmp_path):
     path = tmp_path / "run"
     arguments = [f"--workdir={path}", f"--config.data_root={data}"]
-    for attempt, (number, group) in enumerate(
-        [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGTERM, True)]
-    ):
+    for attempt, (number, group) in enumerate([(signal.SIGTERM, False), (signal.SIGINT, True)]):
         started = Started(tmp_path / str(attempt), *arguments, cache=compiled)
-        started.until("epoch", 3)
+        started.until("epoch", 4)
         assert started.stop(number, group=group) == interrupt.EXIT_CODE
         assert "Stopped by a signal at step" in started.stdout
         assert started.stderr == ""
@@ -172,6 +170,7 @@ def test_a_signal_while_pictures_are_drawn_leaves_no_half_data_set(tmp_path, com
     assert list((tmp_path / "run").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_drawing_that_was_killed_starts_anew(tmp_path, compiled, data):
     root = tmp_path / "data"
     arguments = [f"--workdir={tmp_path / 'run'}", f"--config.data_root={root}"]
@@ -345,11 +344,11 @@ def test_a_full_disk_while_saving_exits_with_1_and_goes_on_with_space(
 ):
     path = tmp_path / "run"
     arguments = [f"--workdir={path}", f"--config.data_root={data}"]
-    started = Started(tmp_path / "out", *arguments, cache=compiled)
-    started.until("epoch 2/3")
-    assert started.stop(signal.SIGTERM) == interrupt.EXIT_CODE
+    shutil.copytree(reference, path)
+    shutil.rmtree(path / "results")
+    (path / "finished.json").unlink()
+    shutil.rmtree(path / "checkpoints" / "16")
     before = tiny.newest(path)
-
     limited = Started(tmp_path / "limited", *arguments, cache=compiled)
     # Every file beyond 1 MB is refused, as by a full disk.
     resource.prlimit(limited.process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -376,13 +375,13 @@ def benchmark(tmp_path):
     (folder / "imgs").mkdir(parents=True)
     rng = np.random.default_rng(0)
     records = []
-    for identity in range(14):
+    for identity in range(28):  # 24 to train on, as in `tiny`: the same compiled step serves
         for view in range(2):
             name = f"{identity:04d}_{view}.jpg"
             pixels = rng.integers(0, 255, (40, 20, 3), np.uint8)
             Image.fromarray(pixels).save(folder / "imgs" / name)
             odd = _ODD[(2 * identity + view) % len(_ODD)]
-            split = "train" if identity < 10 else "val" if identity < 12 else "test"
+            split = "train" if identity < 24 else "val" if identity < 26 else "test"
             captions = [odd, f"a person with number {identity}"]
             records.append({"id": identity, "img_path": name, "captions": captions, "split": split})
     records = [r for r in records if r["img_path"] != "0003_1.jpg"]
@@ -393,8 +392,9 @@ def benchmark(tmp_path):
 
 def benchmark_arguments(folder, tmp_path):
     return [
-        *(f"--workdir={tmp_path / 'run'}", "--config.dataset=rstp_reid"),
-        *(f"--config.data_root={folder.parent}", "--config.num_epochs=2"),
+        f"--workdir={tmp_path / 'run'}",
+        "--config.dataset=rstp_reid",
+        f"--config.data_root={folder.parent}",
     ]
 
 
@@ -406,10 +406,10 @@ def test_odd_captions_and_lone_pairs_are_counted_and_trained_on(benchmark, compi
     assert all(np.isfinite(row["R1"]) for row in found["rows"])
     assert "rstp_reid train has" in done.stderr
     (line,) = (x for x in done.stderr.splitlines() if "train has" in x)
-    assert "2 empty captions" in line
-    assert "3 captions without a word" in line
-    assert "3 captions of more than 100 words" in line
-    assert "6 captions with control characters or CLIP's special tokens" in line
+    assert "6 empty captions" in line
+    assert "7 captions without a word" in line
+    assert "7 captions of more than 100 words" in line
+    assert "14 captions with control characters or CLIP's special tokens" in line
     assert "1 identities with one pair" in line
     assert len(done.stderr.splitlines()) <= 3  # one for each split
 
@@ -430,8 +430,16 @@ def without_validation(records):
     ("change", "message"),
     [
         (None, r"data_captions\.json is not valid JSON.*line 1"),
-        (without_field, r"data_captions\.json: record 2 lacks the field 'captions'"),
-        (naming_a_missing_image, r"1 of 19 images .*do not exist.*'nowhere\.jpg'"),
+        pytest.param(
+            without_field,
+            r"data_captions\.json: record 2 lacks the field 'captions'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            naming_a_missing_image,
+            r"1 of 47 images .*do not exist.*'nowhere\.jpg'",
+            marks=pytest.mark.slow,
+        ),
         (without_validation, r"no record has split='val'"),
     ],
 )
@@ -459,6 +467,7 @@ def test_a_data_set_without_a_reader_yet_exits_with_1(tmp_path):
     assert_refused(done, 1, r"'cuhk_pedes' cannot be read yet")
 
 
+@pytest.mark.slow
 def test_a_benchmark_that_is_not_there_exits_with_1(tmp_path):
     arguments = [f"--workdir={tmp_path / 'run'}", f"--config.data_root={tmp_path}"]
     done = tiny.call(*arguments, "--config.dataset=rstp_reid")

@@ -21,6 +21,7 @@ from itself_jax import (
     checkpoint,
     evaluate,
     interrupt,
+    meter,
     retrieval,
     sharding,
     step,
@@ -249,7 +250,7 @@ def test_nothing_compiles_once_the_steps_of_an_epoch_have_begun(
 ):
     compilations = []
     epoch_starts = {0, *tiny.EPOCH_ENDS}
-    record = train.Meter.record
+    record = meter.Meter.record
 
     def counting(self, metrics):
         found = [r for r in caplog.records if "Compiling" in r.getMessage()]
@@ -258,7 +259,7 @@ def test_nothing_compiles_once_the_steps_of_an_epoch_have_begun(
         record(self, metrics)
         caplog.clear()
 
-    monkeypatch.setattr(train.Meter, "record", counting)
+    monkeypatch.setattr(meter.Meter, "record", counting)
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         jax.jit(lambda x: x + 1)(np.float32(1))
         assert any("Compiling" in r.getMessage() for r in caplog.records)
@@ -280,22 +281,24 @@ def test_an_implicit_transfer_into_the_step_is_an_error(fast, data, tmp_path, mo
 
         monkeypatch.setattr(sharding, "shard_batch", forgetful)
     else:
-        record = train.Meter.record
+        record = meter.Meter.record
 
         def computing(self, metrics):
             record(self, metrics._replace(loss=metrics.loss * 2))  # 2 is moved to the device
 
-        monkeypatch.setattr(train.Meter, "record", computing)
+        monkeypatch.setattr(meter.Meter, "record", computing)
     with pytest.raises(Exception, match="[Dd]isallowed host-to-device transfer"):
         tiny.run(tiny.settings(data), tmp_path / "run")
 
 
-@pytest.mark.parametrize("log_every", [1, 4, 100])
+@pytest.mark.parametrize(
+    "log_every", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 100))]
+)
 def test_the_host_reads_results_only_for_log_lines_and_at_epoch_ends(
     fast, data, tmp_path, monkeypatch, log_every
 ):
     reads = []
-    read = train.read_metrics
+    read = meter.read_metrics
     get = jax.device_get
     inside = []
 
@@ -313,7 +316,7 @@ def test_the_host_reads_results_only_for_log_lines_and_at_epoch_ends(
         assert inside or all(leaf.ndim for leaf in leaves)
         return get(tree)
 
-    monkeypatch.setattr(train, "read_metrics", counting)
+    monkeypatch.setattr(meter, "read_metrics", counting)
     monkeypatch.setattr(jax, "device_get", guarded)
     path = tiny.run(tiny.settings(data, log_every=log_every), tmp_path / "run")
     assert sum(reads) == 16
@@ -324,14 +327,14 @@ def test_the_host_reads_results_only_for_log_lines_and_at_epoch_ends(
 
 def test_a_log_line_leaves_the_newest_step_unread(fast, data, tmp_path, monkeypatch):
     """Else the device would have nothing to do while the host writes."""
-    record = train.Meter.record
+    record = meter.Meter.record
     unread = []
 
     def watching(self, metrics):
         record(self, metrics)
         unread.append(len(self._pending))
 
-    monkeypatch.setattr(train.Meter, "record", watching)
+    monkeypatch.setattr(meter.Meter, "record", watching)
     tiny.run(tiny.settings(data, log_every=2), tmp_path / "run")
     assert min(unread) >= 1
 
@@ -369,6 +372,7 @@ def test_a_run_stopped_anywhere_ends_as_if_never_stopped(fast, reference, data, 
     tiny.assert_same_run(path, reference)
 
 
+@pytest.mark.slow
 def test_an_uninterrupted_run_checks_for_signals_as_often_as_assumed(fast, data, tmp_path):
     config = tiny.settings(data)
     stop(config, tmp_path / "run", CHECKS)
@@ -401,7 +405,7 @@ def test_when_all_checkpoints_are_damaged_the_run_stops_and_renames_none(fast, d
     for folder in (copy / "checkpoints").iterdir():
         damage(folder)
     before = sorted(p.name for p in (copy / "checkpoints").iterdir())
-    with pytest.raises(checkpoint.CheckpointError, match="all 3 checkpoints .* are damaged"):
+    with pytest.raises(checkpoint.CheckpointError, match="all [23] checkpoints .* are damaged"):
         tiny.run(tiny.settings(data), copy)
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == before
 
@@ -463,7 +467,7 @@ def test_a_diverged_run_names_step_and_pictures_and_keeps_the_last_good_state(
 
     monkeypatch.setattr(train, "compile_step", poisoned)
     config, path = tiny.settings(data, log_every=4), tmp_path / "run"
-    with pytest.raises(train.NonFiniteLossError, match=r"Step 8: the loss is nan .*step-8\.json"):
+    with pytest.raises(meter.NonFiniteLossError, match=r"Step 8: the loss is nan .*step-8\.json"):
         tiny.run(config, path)
     written = json.loads((path / "nonfinite-step-8.json").read_text())
     stream = stream_of(config)
@@ -495,17 +499,17 @@ def stream_of(config):
 @pytest.mark.slow
 def test_a_learning_rate_far_too_large_stops_the_run_before_a_checkpoint(fast, data, tmp_path):
     config = tiny.settings(data, optim__learning_rate=1e30, optim__local_learning_rate=1e30)
-    with pytest.raises(train.NonFiniteLossError, match="lower config.optim.learning_rate"):
+    with pytest.raises(meter.NonFiniteLossError, match="lower config.optim.learning_rate"):
         tiny.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_a_signal_does_not_save_a_diverged_state(fast, data, tmp_path, monkeypatch):
-    read = train.read_metrics
+    read = meter.read_metrics
     monkeypatch.setattr(
-        train, "read_metrics", lambda ms: [m._replace(grad_norm=np.inf) for m in read(ms)]
+        meter, "read_metrics", lambda ms: [m._replace(grad_norm=np.inf) for m in read(ms)]
     )
-    with pytest.raises(train.NonFiniteLossError):
+    with pytest.raises(meter.NonFiniteLossError):
         train.run(tiny.settings(data, log_every=100), tmp_path / "run", tiny.StopAt(4))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -668,7 +672,7 @@ def test_a_fixed_fusion_weight_is_used_and_reported(fast, data, tmp_path):
 
 def test_the_test_split_is_read_once_and_only_after_training(fast, data, tmp_path, monkeypatch):
     events = []
-    read, record = records.read, train.Meter.record
+    read, record = records.read, meter.Meter.record
 
     def reading(dataset, root, split):
         events.append(split)
@@ -679,7 +683,7 @@ def test_the_test_split_is_read_once_and_only_after_training(fast, data, tmp_pat
         record(self, metrics)
 
     monkeypatch.setattr(records, "read", reading)
-    monkeypatch.setattr(train.Meter, "record", recording)
+    monkeypatch.setattr(meter.Meter, "record", recording)
     tiny.run(tiny.settings(data), tmp_path / "run")
     assert events == ["train", "val", *range(1, 17), "test"]
 
