@@ -1,4 +1,4 @@
-"""The main job on the embedded data set: drawn pedestrians, a small model from scratch, two CPU cores.
+"""The main job on the embedded data set: drawn pedestrians, a small model, two CPU cores.
 
     python -m itself_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 

@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT: stop where nothing is lost, and soon.
 
-Three things can be interrupted: work that has to be saved first (training steps), work that can be
-dropped at once (start-up, data generation, an evaluation after its state is saved), and a call into
-a compiler, during which Python runs no signal handler at all. Hence a flag, an exception and, for
-the last case, a watchdog thread that the C-level signal handler wakes.
+What a signal does depends on what it meets. Plain Python, such as the drawing of the data set, gets
+an exception. Imports and compilers, which an exception may crash, are left on the spot. Training
+and evaluation see a flag where stopping is safe. And a call that does not return to Python, which runs
+no signal handler, is abandoned by a watchdog thread that the C-level handler wakes.
 """
 
 import contextlib
@@ -27,12 +27,13 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
-        self._importing = False
+        self._exits = False
+        self._checks = False
         self._unsaved = False
 
     def install(self) -> None:
         """Takes over both signals of this process; call it once, in the main thread."""
-        self._importing = True
+        self._exits = True
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -46,17 +47,37 @@ class Interrupts:
         An exception raised by a handler inside an extension module's initialisation is swallowed,
         becomes an ImportError, or aborts the process. Nothing has been written yet.
         """
-        self._importing = False
+        self._exits = False
 
     @contextlib.contextmanager
-    def unsaved_work(self) -> Iterator[None]:
-        """Inside, a signal only sets `requested`; call `check` where stopping is safe."""
+    def compilation(self) -> Iterator[None]:
+        """Inside, a signal ends the process on the spot: nothing may be half-written here."""
         self.check()
-        self._unsaved = True
+        self._exits = True
         try:
             yield
         finally:
-            self._unsaved = False
+            self._exits = False
+
+    @contextlib.contextmanager
+    def checked_work(self) -> Iterator[None]:
+        """Inside, a signal sets `requested`, for `check`; 10 s without one end the process."""
+        self.check()
+        self._checks = True
+        try:
+            yield
+        finally:
+            self._checks = False
+
+    @contextlib.contextmanager
+    def unsaved_work(self) -> Iterator[None]:
+        """As `checked_work`, but it is waited for, however long it takes to the next `check`."""
+        with self.checked_work():
+            self._unsaved = True
+            try:
+                yield
+            finally:
+                self._unsaved = False
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
@@ -64,10 +85,10 @@ class Interrupts:
             raise Interrupted
 
     def _handle(self, number: int, frame: object) -> None:
-        if self._importing:
+        if self._exits:
             os._exit(EXIT_CODE)
         first, self.requested = not self.requested, True
-        if first and not self._unsaved:
+        if first and not self._checks:
             raise Interrupted
 
     def _watch(self, reader: int) -> None:

@@ -79,21 +79,23 @@ def run(
         augment_caption=config.augment.text,
         num_workers=config.num_workers,
     )
-    training = step.make(
-        config,
-        num_identities=train_split.num_identities,
-        steps_per_epoch=stream.steps_per_epoch,
-    )
-    template = state_template(training, mesh)
-    log(describe(config, train_split, stream, template, mesh))
     # Everything is compiled before the first step, so that no later signal meets a compiler.
-    encoders = compile_encoders(training, template, mesh)
-    train_step = compile_step(training, template, mesh)
+    with interrupts.compilation():
+        training = step.make(
+            config,
+            num_identities=train_split.num_identities,
+            steps_per_epoch=stream.steps_per_epoch,
+        )
+        template = state_template(training, mesh)
+        log(describe(config, train_split, stream, template, mesh))
+        encoders = compile_encoders(training, template, mesh)
+        train_step = compile_step(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
     directory.describe(config, compute_dtype)
 
     with checkpoint.Checkpoints(directory.checkpoints, log=log) as checkpoints:
-        state, progress = restore_or_init(this, checkpoints, template)
+        with interrupts.compilation():
+            state, progress = restore_or_init(this, checkpoints, template)
         saved = (int(state.step), progress.validated)
         ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
         meter = meter_lib.Meter(config, directory, stream, start=int(state.step))
@@ -144,7 +146,8 @@ def run(
         raise checkpoint.CheckpointError(f"{directory.checkpoints} holds no validated checkpoint.")
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, the best on {validation_split.split}.")
-    test(this, best.state, alpha)
+    with interrupts.checked_work():
+        test(this, best.state, alpha)
     directory.finish({"step": stream.total_steps, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
@@ -166,17 +169,21 @@ def evaluate_only(
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     source = directory.path if config.init_from is None else pathlib.Path(config.init_from)
     train_split = read_split(config, config.dataset, "train", log)
-    training = step.make(
-        config, num_identities=train_split.num_identities, steps_per_epoch=(1,) * config.num_epochs
-    )
-    template = state_template(training, mesh)
-    best = restore_weights(source, template, log)
-    encoders = compile_encoders(training, template, mesh)
+    with interrupts.compilation():
+        training = step.make(
+            config,
+            num_identities=train_split.num_identities,
+            steps_per_epoch=(1,) * config.num_epochs,
+        )
+        template = state_template(training, mesh)
+        best = restore_weights(source, template, log)
+        encoders = compile_encoders(training, template, mesh)
     words = tokenizer.Tokenizer(config.model.text_length)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']} of {source}.")
-    test(this, best.state, alpha)
+    with interrupts.checked_work():
+        test(this, best.state, alpha)
 
 
 def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:
