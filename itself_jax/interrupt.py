@@ -2,8 +2,8 @@
 
 What a signal does depends on what it meets. Plain Python, such as the drawing of the data set, gets
 an exception. Imports and compilers, which an exception may crash, are left on the spot. Training
-and evaluation see a flag where stopping is safe. And a call that does not return to Python, which runs
-no signal handler, is abandoned by a watchdog thread that the C-level handler wakes.
+and evaluation see a flag where stopping is safe. And a call that does not return to Python, which
+runs no signal handler, is abandoned by a watchdog thread that the C-level handler wakes.
 """
 
 import contextlib

@@ -164,7 +164,10 @@ def test_text_token_never_attends_to_the_future():
 
 @pytest.mark.parametrize("make", (tiny_image_encoder, tiny_text_encoder))
 def test_initialisation_has_clips_deviations(make):
-    """Width d, depth L: attention d^-.5, its output and the MLP's (d^-.5)(2L)^-.5, MLP (2d)^-.5."""
+    """Width d, depth L: attention d^-.5, its output and the MLP's (d^-.5)(2L)^-.5, MLP (2d)^-.5.
+
+    The patch embedding is PyTorch's U(±1/√fan_in), whose deviation is (3·fan_in)^-.5.
+    """
     image = make is tiny_image_encoder
     encoder = make().clone(width=64, depth=2, heads=2, embed_dim=64)
     shape = (1, 8, 8, 3) if image else (1, 8)
@@ -182,7 +185,7 @@ def test_initialisation_has_clips_deviations(make):
     ]
     if image:
         expected.append((params["position_embedding"], 64**-0.5))
-        expected.append((params["patch_embedding"]["kernel"], 48**-0.5))
+        expected.append((params["patch_embedding"]["kernel"], (3 * 48) ** -0.5))
     else:
         expected.append((params["position_embedding"], 0.01))
         expected.append((params["token_embedding"]["embedding"], 0.02))
