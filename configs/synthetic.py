@@ -2,8 +2,8 @@
 
     python -m itself_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 
-About five minutes, the data set's drawing included; what to expect of it stands in the README. Pick
-an ablation with `configs/synthetic.py:VARIANT`, e.g. `:baseline`.
+About four minutes, the drawing of the data set included; the README says what to expect. Pick an
+ablation with `configs/synthetic.py:VARIANT`, e.g. `:baseline`.
 
 The published settings fine-tune CLIP; a model without any pre-training needs other ones, below.
 """
@@ -34,9 +34,9 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
 
     config.loss.temperature = 0.05  # 0.015 looks at the hardest negatives alone, too early here
     config.loss.mismatch_label = "extra_class"
-    config.augment.image = False  # ten epochs are too few to profit from it
+    config.augment.image = False  # so few epochs do not profit from it
     config.batch_size = 32
-    config.num_epochs = 10
+    config.num_epochs = 7
     config.warmup_epochs = 1
     config.optim.learning_rate = 3e-4
     config.optim.local_learning_rate = 2e-3
