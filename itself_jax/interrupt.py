@@ -52,7 +52,6 @@ class Interrupts:
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:
         """Inside, a signal ends the process on the spot: nothing may be half-written here."""
-        self.check()
         self._exits = True
         try:
             yield
@@ -62,7 +61,6 @@ class Interrupts:
     @contextlib.contextmanager
     def checked_work(self) -> Iterator[None]:
         """Inside, a signal sets `requested`, for `check`; 10 s without one end the process."""
-        self.check()
         self._checks = True
         try:
             yield
@@ -72,6 +70,7 @@ class Interrupts:
     @contextlib.contextmanager
     def unsaved_work(self) -> Iterator[None]:
         """As `checked_work`, but it is waited for, however long it takes to the next `check`."""
+        self.check()
         with self.checked_work():
             self._unsaved = True
             try:

@@ -122,9 +122,11 @@ def test_a_call_during_which_no_handler_runs_is_abandoned_within_15_seconds():
         import ctypes, signal
         i.imported()
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        library = ctypes.CDLL(None)
         print("ready", flush=True)
-        ctypes.CDLL(None).sleep(60)
+        library.sleep(60)
     """)
+    time.sleep(1)  # until it sleeps: between two Python instructions the handler would run
     process.send_signal(signal.SIGTERM)
     code, _, err, seconds = finish(process)
     assert (code, err) == (
