@@ -2,7 +2,7 @@
 
     python -m itself_jax.main --config=configs/synthetic.py --workdir=runs/synthetic
 
-About four minutes, the drawing of the data set included; the README says what to expect. Pick an
+About three minutes, the drawing of the data set included; the README says what to expect. Pick an
 ablation with `configs/synthetic.py:VARIANT`, e.g. `:baseline`.
 
 The published settings fine-tune CLIP; a model without any pre-training needs other ones, below.
