@@ -225,6 +225,7 @@ def test_tail_and_flaw_that_pil_tolerates_are_tolerated():
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_decompression_bomb_is_refused(form, monkeypatch):
     content = _encoded(_picture(40, 30), form)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
