@@ -6,10 +6,13 @@ the benchmark's own files, `packed.PackedImages` a packed set's.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import io
+import itertools
 import os
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -17,6 +20,9 @@ from etils import epath
 from PIL import Image
 
 from itself_jax.data import records
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 _JPEG = b"\xff\xd8\xff"  # what PIL tells a JPEG by
 
@@ -83,6 +89,25 @@ class ImageFiles:
 
     def subset(self, indices: Sequence[int]) -> ImageFiles:
         return ImageFiles(self._root, [self._names[index] for index in indices])
+
+
+def ahead(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], *, depth: int, num_threads: int
+) -> Iterator[_Result]:
+    """Yields function(item) of every item, in order, computed up to `depth` items ahead.
+
+    An exception appears where its result would.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(num_threads, "ahead")
+    try:
+        futures = (pool.submit(function, item) for item in items)
+        waiting = collections.deque(itertools.islice(futures, depth))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(itertools.islice(futures, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def decode(content: bytes, name: str, size: tuple[int, int]) -> np.ndarray:

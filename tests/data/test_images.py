@@ -3,6 +3,7 @@
 import io
 import pickle
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -241,6 +242,7 @@ def test_twenty_thousand_squared_is_refused_without_decoding():
     # A header is enough for the size; nothing of the 1.2 GB may be allocated.
     content = bytearray(_encoded(_picture(8, 8), "PNG"))
     content[16:24] = (20_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     with pytest.raises(records.DataError, match="big is refused as .* bomb .*400000000 pixels"):
         images.decode(bytes(content), "big", SIZE)
 
@@ -278,3 +280,26 @@ def test_image_file_that_cannot_be_read_is_named(files, tmp_path, damage):
         path.touch()
     with pytest.raises(records.DataError, match=r"a b/1\.png cannot be read as an image .*restore"):
         files.load(1, SIZE)
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("depth", [1, 4, 50])
+def test_ahead_keeps_the_order_and_its_depth(depth, num_threads):
+    started = []
+
+    def square(item):
+        started.append(item)
+        return item * item
+
+    results = images.ahead(square, range(20), depth=depth, num_threads=num_threads)
+    for item in range(20):
+        assert next(results) == item * item
+        assert len(started) <= min(item + 1 + depth, 20)
+    assert next(results, None) is None and sorted(started) == list(range(20))
+
+
+def test_ahead_raises_where_the_result_would_be():
+    results = images.ahead(lambda item: 6 // item, [3, 0, 2], depth=3, num_threads=2)
+    assert next(results) == 2
+    with pytest.raises(ZeroDivisionError):
+        next(results)
