@@ -1,243 +1,277 @@
-"""Benchmarks as one record type: images, captions and identities of one split."""
+"""One record type for every data set, and how its records become one split's arrays.
+
+Readers (`benchmarks`, `own`, `packed`) make a `Corpus`; `select` takes one split out of it.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import logging
 import pathlib
 import re
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:  # images.py raises this module's DataError
+    from itself_jax.data import images
 
 SPLITS = ("train", "val", "test")
 
 _LOG = logging.getLogger("itself_jax")
-# The benchmark's own folder below `data_root`; "" means that `data_root` is that folder.
-_RSTP_FORM_FOLDERS = {"rstp_reid": "RSTPReid", "synthetic": ""}
-_PLANNED = ("cuhk_pedes", "icfg_pedes", "jsonl")
 _INT32 = np.iinfo(np.int32)
-_LONG_CAPTION = 100  # words; the benchmarks' captions have about 25, CLIP takes 77 pieces
-_NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]|<\|(?:startoftext|endoftext|mask)\|>")
+_INTEGER = re.compile(r"-?[0-9]+")
+# Data sets that may come without `val` (own data also without any split); the other benchmarks
+# publish one, so that its absence is a defect.
+_DRAWN = ("icfg_pedes", "jsonl")
+_ONE_IN = 10  # identities of a drawn split
 
 
 class DataError(ValueError):
     """The data on disk cannot be used; the message names file, field and value."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One picture with its captions."""
+
+    image: str  # path as in the annotation, relative to the image folder, with forward slashes
+    identity: str  # the id as in the file, as text
+    captions: tuple[str, ...]
+    split: str  # "train", "val" or "test"; "" when the file has no splits
+
+
+class Corpus(NamedTuple):
+    """A whole data set, in the order of its annotation file."""
+
+    dataset: str
+    source: str  # annotation file or packed folder, for messages
+    records: tuple[Record, ...]
+    images: images.Images  # one per record, same order
+    image_folder: str = ""  # what `Record.image` is relative to; "" for a packed form
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
-    """One split of one benchmark, in the order of its annotation file.
+    """One split of one data set, in the order of its annotation file.
 
     A training *pair* is one caption with its image, so pairs are indexed as captions are.
     """
 
     dataset: str
     split: str
-    image_root: pathlib.Path  # folder that `image_paths` are relative to
-    image_paths: tuple[str, ...]  # (g,)
-    image_ids: np.ndarray  # (g,) int32; train: 0..c-1 by sorted original id, else the original id
+    images: images.Images  # (g,) the pictures themselves; `images.name(i)` for messages
+    image_paths: tuple[str, ...]  # (g,) as in the annotation
+    image_ids: np.ndarray  # (g,) int32; train: 0..c-1 by sorted original id, else see `select`
     captions: tuple[str, ...]  # (q,) all captions of record 0, then of record 1, ...
     caption_ids: np.ndarray  # (q,) int32, numbered as `image_ids`
     caption_images: np.ndarray  # (q,) int32 index into `image_paths`
-    original_ids: tuple[int, ...]  # (c,) sorted; train: original_ids[label] is the original id
+    original_ids: tuple[int, ...] | tuple[str, ...]  # (c,) sorted; train: by label
 
     @property
     def num_identities(self) -> int:
         return len(self.original_ids)
 
+    def single_caption(self) -> Split:
+        """Returns the split with only the first caption of every picture."""
+        _, first = np.unique(self.caption_images, return_index=True)
+        return dataclasses.replace(
+            self,
+            captions=tuple(self.captions[index] for index in first),
+            caption_ids=self.caption_ids[first],
+            caption_images=self.caption_images[first],
+        )
 
-def read(dataset: str, data_root: str | pathlib.Path, split: str) -> Split:
-    """Reads one split of a benchmark.
 
-    `rstp_reid` lies in `data_root/RSTPReid`, `synthetic` in `data_root` itself; both are
-    `data_captions.json` (a list of records with `id`, `img_path`, `captions`, `split`) next to
-    `imgs/`. Captions are kept as written; empty or wordless ones are counted in one log line.
+class Assignment(NamedTuple):
+    """The split of every record, after drawing what the file does not say."""
+
+    splits: tuple[str, ...]  # one per record
+    drawn: tuple[str, ...]  # the splits whose identities were drawn here, in the order of SPLITS
+
+
+def select(corpus: Corpus, split: str, *, train_on_all: bool = False) -> Split:
+    """Takes one split out of a corpus.
+
+    Train identities are relabelled 0..c-1 by sorted original id. Other splits keep the original
+    number; where ids are not all numbers of the 32-bit range, it is the index into the split's
+    sorted ids. What `assign` draws is said in a log line.
 
     Args:
-      dataset: "synthetic" or "rstp_reid".
-      data_root: folder that holds the benchmark's own folder.
+      corpus: all records.
       split: "train", "val" or "test".
+      train_on_all: train also on the identities that `assign` draws for `val`, which are then no
+        longer unseen.
 
     Raises:
-      DataError: an annotation or image is missing or malformed; the message says where.
+      DataError: no record is in the split, or too few identities to draw from.
     """
-    if dataset in _PLANNED:
-        raise DataError(
-            f"dataset={dataset!r} cannot be read yet: its reader is not available in this version; "
-            f"use one of {', '.join(sorted(_RSTP_FORM_FOLDERS))}."
-        )
-    if dataset not in _RSTP_FORM_FOLDERS:
-        raise DataError(
-            f"dataset={dataset!r} is not known; use one of {', '.join(sorted(_RSTP_FORM_FOLDERS))}."
-        )
     if split not in SPLITS:
         raise DataError(f"split={split!r} is not known; use one of {', '.join(SPLITS)}.")
-    folder = pathlib.Path(data_root) / _RSTP_FORM_FOLDERS[dataset]
-    annotation = folder / "data_captions.json"
-    records = _read_annotation(annotation, dataset)
-    result = _build_split(dataset, split, folder / "imgs", records, annotation)
-    _check_images_exist(result, annotation)
-    _log_oddities(result)
-    return result
-
-
-def _read_annotation(path: pathlib.Path, dataset: str) -> list:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist: dataset={dataset!r} needs this annotation file; point "
-            "data_root at the folder that holds the benchmark."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}; restore it.") from error
-    try:
-        records = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno}; "
-            "restore the file (an interrupted copy ends early)."
-        ) from error
-    if not isinstance(records, list):
-        raise DataError(
-            f"{path} must hold a list of records, but its top level is {_kind(records)}; is this "
-            "the benchmark's annotation file?"
-        )
-    return records
-
-
-def _build_split(
-    dataset: str, split: str, image_root: pathlib.Path, records: list, annotation: pathlib.Path
-) -> Split:
-    image_paths, original, captions, caption_images = [], [], [], []
-    sizes = collections.Counter()
-    for number, record in enumerate(records):
-        where = f"{annotation}: record {number}"
-        identity, image_path, record_captions, record_split = _check_record(record, where)
-        sizes[record_split] += 1
-        if record_split != split:
-            continue
-        caption_images.extend([len(image_paths)] * len(record_captions))
-        captions.extend(record_captions)
-        image_paths.append(image_path)
-        original.append(identity)
-    if not image_paths:
+    splits, drawn = assign(corpus)
+    wanted = {split}
+    if split == "train" and train_on_all and "val" in drawn:
+        wanted.add("val")
+    chosen = [index for index, found in enumerate(splits) if found in wanted]
+    if not chosen:
+        sizes = collections.Counter(splits)
         found = ", ".join(f"{name} {count}" for name, count in sorted(sizes.items())) or "none"
         raise DataError(
-            f"{annotation}: no record has split={split!r} (records by split: {found}); choose "
+            f"{corpus.source}: no record has split={split!r} (records by split: {found}); choose "
             "another split or complete the file."
         )
-    original_ids, labels = np.unique(np.asarray(original, np.int32), return_inverse=True)
-    image_ids = (labels if split == "train" else np.asarray(original)).astype(np.int32)
-    caption_images = np.asarray(caption_images, np.int32)
+    _say_drawn(corpus, splits, drawn, split, train_on_all)
+    records = [corpus.records[index] for index in chosen]
+    number = numbers(corpus.records)
+    original = [record.identity if number is None else number[record.identity] for record in records]
+    original_ids = sorted(set(original))
+    label = {identity: at for at, identity in enumerate(original_ids)}
+    keep = split != "train" and number is not None
+    image_ids = np.asarray([i if keep else label[i] for i in original], np.int32)
+    counts = [len(record.captions) for record in records]
+    caption_images = np.repeat(np.arange(len(records), dtype=np.int32), counts)
     return Split(
-        dataset=dataset,
+        dataset=corpus.dataset,
         split=split,
-        image_root=image_root,
-        image_paths=tuple(image_paths),
+        images=corpus.images.subset(chosen),
+        image_paths=tuple(record.image for record in records),
         image_ids=image_ids,
-        captions=tuple(captions),
+        captions=tuple(caption for record in records for caption in record.captions),
         caption_ids=image_ids[caption_images],
         caption_images=caption_images,
-        original_ids=tuple(original_ids.tolist()),
+        original_ids=tuple(original_ids),
     )
 
 
-def _check_record(record, where: str) -> tuple[int, str, list[str], str]:
-    if not isinstance(record, dict):
-        raise DataError(f"{where} must be an object, but is {_kind(record)}; correct this record.")
-    for field in ("id", "img_path", "captions", "split"):
-        if field not in record:
-            raise DataError(
-                f"{where} lacks the field {field!r} (it has: "
-                f"{', '.join(sorted(record)) or 'no field'}); add it."
-            )
-    identity, path = record["id"], record["img_path"]
-    captions, split = record["captions"], record["split"]
-    if isinstance(identity, bool) or not isinstance(identity, int):
-        raise DataError(f"{where}: field 'id' must be an integer, but is {_kind(identity)}.")
-    if not _INT32.min <= identity <= _INT32.max:
-        raise DataError(f"{where}: field 'id' is {identity}, which does not fit 32 bits; renumber.")
+def assign(corpus: Corpus) -> Assignment:
+    """The split of every record; missing splits are drawn by identity, always the same.
+
+    ICFG-PEDES and own data without `val`: a tenth of the train identities (rounded down, at least
+    one) becomes `val`. Own data without any split: a tenth each becomes `val` and `test`, the rest
+    `train`. The draw depends on the set of identities only.
+
+    Raises:
+      DataError: too few identities to draw from.
+    """
+    splits = [record.split for record in corpus.records]
+    if corpus.dataset not in _DRAWN or not splits or "val" in splits:
+        return Assignment(tuple(splits), ())
+    whole = not any(splits)
+    if not whole and "train" not in splits:
+        return Assignment(tuple(splits), ())
+    pool_name = "" if whole else "train"
+    number = numbers(corpus.records)
+    pool = {record.identity for record in corpus.records if record.split == pool_name}
+    ids = sorted(pool, key=None if number is None else number.__getitem__)
+    needed = 3 if whole else 2
+    if len(ids) < needed:
+        raise DataError(
+            f"{corpus.source} has {len(ids)} "
+            f"{'identities and no split' if whole else 'train identities and no val split'}: at "
+            f"least {needed} are needed to draw one by identity; add identities or say the split "
+            "of every record."
+        )
+    size = max(1, len(ids) // _ONE_IN)
+    names = ("val", "test") if whole else ("val",)
+    rng = np.random.default_rng(0)
+    order = rng.choice(len(ids), size * len(names), replace=False)
+    owner = {ids[index]: names[at // size] for at, index in enumerate(order)}
+    splits = [
+        owner.get(record.identity, "train") if record.split == pool_name else record.split
+        for record in corpus.records
+    ]
+    return Assignment(tuple(splits), SPLITS if whole else ("val",))
+
+
+def numbers(records: tuple[Record, ...]) -> dict[str, int] | None:
+    """The integer of every identity, or None unless all are distinct integers of 32 bits."""
+    identities = {record.identity for record in records}
+    if not all(_INTEGER.fullmatch(identity) for identity in identities):
+        return None
+    result = {identity: int(identity) for identity in identities}
+    if len(set(result.values())) < len(result):  # "7" and "07" are two identities
+        return None
+    fits = all(_INT32.min <= value <= _INT32.max for value in result.values())
+    return result if fits else None
+
+
+def _say_drawn(
+    corpus: Corpus,
+    splits: tuple[str, ...],
+    drawn: tuple[str, ...],
+    split: str,
+    train_on_all: bool,
+) -> None:
+    if split not in (*drawn, "train") or not drawn:
+        return
+    members = collections.defaultdict(set)
+    for record, found in zip(corpus.records, splits, strict=True):
+        members[found].add(record.identity)
+    counts = {name: len(members[name]) for name in SPLITS}
+    if len(drawn) > 1:
+        sizes = ", ".join(f"{name} {counts[name]}" for name in SPLITS)
+        reason = f"has no splits, so its identities were drawn with seed 0 ({sizes})"
+    else:
+        reason = (
+            f"has no val split, so {counts['val']} of its {counts['val'] + counts['train']} train "
+            "identities, drawn with seed 0, are val"
+        )
+    if train_on_all and split in ("train", "val"):
+        reason += "; they are trained on too (train_on_all), so figures on val are not unseen"
+    _LOG.warning("%s %s: %s %s.", corpus.dataset, split, corpus.source, reason)
+
+
+def check_image_path(path: object, where: str) -> str:
+    """Returns the path of a picture as the annotation has it.
+
+    Args:
+      path: the value in the file.
+      where: file, record and field, for the message.
+
+    Raises:
+      DataError: not a text, empty, absolute, or with "..".
+    """
     if not isinstance(path, str) or not path.strip():
-        raise DataError(
-            f"{where}: field 'img_path' must be the image's path as text, but is {_kind(path)}."
-        )
+        raise DataError(f"{where} must be the image's path as text, but is {kind(path)}.")
     pure = pathlib.PurePosixPath(path)
-    if pure.is_absolute() or pathlib.PureWindowsPath(path).drive or ".." in pure.parts:
+    windows = pathlib.PureWindowsPath(path)  # knows backslashes and drives
+    remote = re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path)
+    absolute = pure.is_absolute() or windows.drive or windows.root or remote
+    if absolute or ".." in pure.parts or ".." in windows.parts:
         raise DataError(
-            f"{where}: field 'img_path' is {path!r}; paths must be relative to the image folder "
-            "and must not contain '..'."
+            f"{where} is {path!r}; paths must be relative to the image folder and must not contain "
+            "'..'."
         )
+    return path
+
+
+def check_captions(captions: object, where: str) -> tuple[str, ...]:
+    """Returns the captions of a record: a text, or a list of at least one text.
+
+    Raises:
+      DataError: anything else; `where` is file, record and field.
+    """
     if isinstance(captions, str):
         captions = [captions]
     if not isinstance(captions, list) or not captions:
         raise DataError(
-            f"{where}: field 'captions' must be a text or a list of at least one text, but is "
-            f"{_kind(captions)}."
+            f"{where} must be a text or a list of at least one text, but is {kind(captions)}."
         )
     for caption in captions:
         if not isinstance(caption, str):
-            raise DataError(
-                f"{where}: field 'captions' must contain only text, but has {_kind(caption)}."
-            )
+            raise DataError(f"{where} must contain only text, but has {kind(caption)}.")
+    return tuple(captions)
+
+
+def check_split(split: object, where: str) -> str:
+    """Returns the split of a record; raises DataError unless it is one of SPLITS."""
     if not isinstance(split, str) or split not in SPLITS:
-        raise DataError(
-            f"{where}: field 'split' is {split!r}; it must be one of {', '.join(SPLITS)}."
-        )
-    return identity, path, captions, split
+        raise DataError(f"{where} is {split!r}; it must be one of {', '.join(SPLITS)}.")
+    return split
 
 
-def _check_images_exist(split: Split, annotation: pathlib.Path) -> None:
-    # One listing per folder: a stat per file takes minutes on network file systems.
-    names: dict[pathlib.PurePosixPath, frozenset[str]] = {}
-    missing = []
-    for path in split.image_paths:
-        pure = pathlib.PurePosixPath(path)
-        if pure.parent not in names:
-            try:
-                entries = (split.image_root / pure.parent).iterdir()
-                names[pure.parent] = frozenset(entry.name for entry in entries)
-            except (OSError, ValueError):  # absent, not a folder, or a NUL in its name
-                names[pure.parent] = frozenset()
-        if pure.name not in names[pure.parent]:
-            missing.append(path)
-    if missing:
-        shown = ", ".join(repr(path) for path in missing[:3])
-        raise DataError(
-            f"{annotation}: {len(missing)} of {len(split.image_paths)} images of split "
-            f"{split.split!r} do not exist below {split.image_root}: {shown}"
-            f"{', ...' if len(missing) > 3 else ''}; complete the image folder."
-        )
-
-
-def _log_oddities(split: Split) -> None:
-    """Counts, in one line, what training survives but its owner should know."""
-    odd = []
-    empty = sum(not caption.strip() for caption in split.captions)
-    wordless = sum(
-        bool(caption.strip()) and not any(map(str.isalnum, caption)) for caption in split.captions
-    )
-    if empty:
-        odd.append(f"{empty} empty captions")
-    if wordless:
-        odd.append(f"{wordless} captions without a word")
-    long = sum(len(caption.split()) > _LONG_CAPTION for caption in split.captions)
-    if long:
-        odd.append(f"{long} captions of more than {_LONG_CAPTION} words (cut at text_length)")
-    marked = sum(bool(_NO_TEXT.search(caption)) for caption in split.captions)
-    if marked:
-        odd.append(f"{marked} captions with control characters or CLIP's special tokens")
-    if split.split == "train":
-        single = int(np.sum(np.bincount(split.caption_ids) == 1))
-        if single:
-            odd.append(f"{single} identities with one pair (drawn repeatedly)")
-    if odd:
-        _LOG.warning("%s %s has %s; going on.", split.dataset, split.split, ", ".join(odd))
-
-
-def _kind(value) -> str:
+def kind(value: object) -> str:
     """A JSON value in the words of JSON, shortened, for error messages."""
     if value is None:
         return "null"
