@@ -1,31 +1,29 @@
 """Input pipeline: identity-balanced training batches and padded evaluation batches.
 
-The training stream is a pure function of (seed, step): the sampler of (seed, epoch), the
-augmentation of (seed, position in the run). So it is the same for any number of threads and worker
-processes, and resuming means starting at a step; there is no iterator state to save.
+The training stream is a pure function of (seed, step): the sampler of (seed, epoch), augmentation
+and the replacement of unreadable pictures of (seed, position in the run). So it is the same for any
+number of threads, worker processes and hosts, and resuming means starting at a step; there is no
+iterator state to save.
 """
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
-import itertools
+import contextlib
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from itself_jax.data import records, transforms
+from itself_jax.data import batch as batch_lib
+from itself_jax.data import images, records, transforms
 from itself_jax.data import tokenizer as tokenizer_lib
 
+_LOG = logging.getLogger("itself_jax")
+_MAX_UNREADABLE = 0.01  # of a training split's pictures
 
-class Batch(NamedTuple):
-    images: np.ndarray  # (b, H, W, 3) uint8
-    erase: np.ndarray  # (b, 4) int32 top, left, height, width; height 0: nothing to erase
-    captions: np.ndarray  # (b, t) int32 token ids
-    pids: np.ndarray  # (b,) int32 identity labels 0..c-1
-    epoch: np.ndarray  # () int32, from 1
+Batch = batch_lib.Batch
 
 
 def epoch_order(
@@ -92,6 +90,9 @@ def epoch_order(
 class TrainStream:
     """All training batches of a run, addressed by step (0-based, over all epochs).
 
+    A picture that cannot be read is replaced, whenever its turn comes, by another one of the same
+    identity, warned of once and counted.
+
     Args:
       split: the training split, identities relabelled 0..c-1.
       tokenizer: all captions are tokenised once, here.
@@ -106,9 +107,11 @@ class TrainStream:
         a script needs `if __name__ == "__main__"` and parsed absl flags (`absl.app.run`).
       num_threads: batches being built at a time, in this process or in each worker.
       cache_bytes: keep decoded images in memory if all of them fit (only with num_workers=0).
+      shard: (index, count) of this host: its batches are rows index * b/count ... of the global
+        batches, which are the same for every count.
 
     Raises:
-      ValueError: `batch_size` is no multiple of `num_instances`.
+      ValueError: `batch_size` is no multiple of `num_instances` or of the number of hosts.
       records.DataError: too few identities for one batch.
     """
 
@@ -127,7 +130,16 @@ class TrainStream:
         num_workers: int = 0,
         num_threads: int = 2,
         cache_bytes: int = 512 << 20,
+        shard: tuple[int, int] = (0, 1),
     ):
+        host, hosts = shard
+        if not 0 <= host < hosts:
+            raise ValueError(f"shard={shard} must be (index, count) with index in 0..count-1.")
+        if batch_size % hosts:
+            raise ValueError(
+                f"batch_size={batch_size} must be divisible by the number of hosts, {hosts}; "
+                "change batch_size."
+            )
         self._num_workers = num_workers
         self._num_threads = num_threads
         orders = [
@@ -152,31 +164,45 @@ class TrainStream:
             seed=seed,
             augment_image=augment_image,
             augment_caption=augment_caption,
+            rows=slice(host * batch_size // hosts, (host + 1) * batch_size // hosts),
             cache_bytes=0 if num_workers else cache_bytes,
         )
+        self._replaced = 0
+        self._unreadable: set[int] = set()  # image indices
+
+    @property
+    def replaced(self) -> int:
+        """How many rows of the batches handed out so far hold a replaced picture."""
+        return self._replaced
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """The pictures found unreadable so far, in annotation order."""
+        return tuple(self._source.split.images.name(image) for image in sorted(self._unreadable))
 
     def epoch_of(self, step: int) -> int:
         """Returns the epoch, from 1, that the batch of this step belongs to."""
         return int(self._source.epochs[self._checked(step)])
 
     def pairs(self, step: int) -> np.ndarray:
-        """Returns the (b,) int32 caption indices of this step's batch."""
+        """Returns the (b,) int32 caption indices of this step's global batch."""
         return self._source.pairs[self._checked(step)]
 
     def paths(self, step: int) -> list[str]:
-        """Returns the b image files of this step's batch, to name them in an error."""
+        """Returns the b image files of this step's global batch, to name them in an error."""
         split = self._source.split
-        images = split.caption_images[self.pairs(step)]
-        return [str(split.image_root / split.image_paths[image]) for image in images]
+        indices = split.caption_images[self.pairs(step)].tolist()
+        return [split.images.name(index) for index in indices]
 
-    def batches(self, start_step: int = 0) -> grain.DatasetIterator[Batch]:
-        """Returns one iterator over the batches of steps start_step..total_steps-1.
+    def batches(self, start_step: int = 0) -> grain.DatasetIterator[batch_lib.Batch]:
+        """Returns one iterator over this host's batches of steps start_step..total_steps-1.
 
         Call its `close()` when done, which stops threads and workers.
 
         Raises:
           ValueError: `start_step` is not in 0..total_steps.
-          records.DataError: from `next`, when an image cannot be read.
+          records.DataError: from `next`, when none of an identity's pictures can be read, or more
+            than 1 % of the split's pictures were found unreadable.
         """
         if not 0 <= start_step <= self.total_steps:
             raise ValueError(f"start_step={start_step} is not in 0..{self.total_steps}.")
@@ -192,12 +218,39 @@ class TrainStream:
                 num_workers=self._num_workers, per_worker_buffer_size=2
             )
             dataset = dataset.mp_prefetch(options)
-        return iter(dataset)
+        return iter(dataset.map(self._report))
+
+    def _report(self, element: _Element) -> batch_lib.Batch:
+        """Counts in this process what worker processes found, and strips it."""
+        split = self._source.split
+        self._replaced += element.replaced
+        for image, message in element.unreadable:
+            if image not in self._unreadable:
+                self._unreadable.add(image)
+                _LOG.warning("%s Another picture of the person takes its place.", message)
+        total = len(split.images)
+        if len(self._unreadable) > _MAX_UNREADABLE * total:
+            names = self.unreadable
+            raise records.DataError(
+                f"{len(names)} of {total} pictures of {split.dataset} {split.split} cannot be "
+                f"read, more than {_MAX_UNREADABLE:.0%}: {', '.join(names[:10])}"
+                f"{', ...' if names[10:] else ''}; restore them or remove their records from the "
+                "annotation file."
+            )
+        return element.batch
 
     def _checked(self, step: int) -> int:
         if not 0 <= step < self.total_steps:
             raise IndexError(f"step {step} is not in 0..{self.total_steps - 1}.")
         return step
+
+
+class _Element(NamedTuple):
+    """What travels from worker threads and processes."""
+
+    batch: batch_lib.Batch
+    replaced: int  # rows
+    unreadable: tuple[tuple[int, str], ...]  # image index and error message
 
 
 class _BatchSource:
@@ -214,6 +267,7 @@ class _BatchSource:
         seed: int,
         augment_image: bool,
         augment_caption: bool,
+        rows: slice,
         cache_bytes: int,
     ):
         self.split = split
@@ -224,10 +278,12 @@ class _BatchSource:
         self._seed = seed
         self._augment_image = augment_image
         self._augment_caption = augment_caption
-        shape = (len(split.image_paths), *image_size, 3)
+        self._rows = rows  # of the global batch
+        self._errors: dict[int, str] = {}  # by image index; an unreadable file is read once
+        shape = (len(split.images), *image_size, 3)
         # np.empty takes memory only as images arrive.
         self._cache = np.empty(shape, np.uint8) if np.prod(shape) <= cache_bytes else None
-        self._cached = np.zeros(len(split.image_paths), bool)
+        self._cached = np.zeros(len(split.images), bool)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -235,31 +291,61 @@ class _BatchSource:
     def __repr__(self) -> str:  # Grain writes its source into logs and errors.
         return f"_BatchSource({self.split.dataset} {self.split.split}, {len(self)} steps)"
 
-    def __getitem__(self, step: int) -> Batch:
-        pairs = self.pairs[step]
-        batch_size = len(pairs)
-        images = np.empty((batch_size, *self._image_size, 3), np.uint8)
-        erase = np.zeros((batch_size, 4), np.int32)
+    def __getitem__(self, step: int) -> _Element:
+        pairs = self.pairs[step][self._rows]
+        pixels = np.empty((len(pairs), *self._image_size, 3), np.uint8)
+        erase = np.zeros((len(pairs), 4), np.int32)
         captions = self._captions[pairs]
-        for row, image_index in enumerate(self.split.caption_images[pairs].tolist()):
-            # A position counts from 1 here: a trailing 0 does not change a seed, and
-            # [seed, 1, 0] would repeat the sampler's [seed, 1].
-            position = int(step) * batch_size + row
-            rng = np.random.default_rng([self._seed, 1, position + 1])
-            image = self._image(image_index)
+        replaced = 0
+        unreadable: dict[int, str] = {}
+        # A position counts from 1 here: a trailing 0 does not change a seed, and [seed, 1, 0]
+        # would repeat the sampler's [seed, 1].
+        first = int(step) * self.pairs.shape[1] + self._rows.start + 1
+        for row, wanted in enumerate(self.split.caption_images[pairs].tolist()):
+            rng = np.random.default_rng([self._seed, 1, first + row])
+            image, used = self._picture(wanted, first + row, unreadable)
+            replaced += used != wanted
             if self._augment_image:
                 image, erase[row] = transforms.augment_image(rng, image)
-            images[row] = image
+            pixels[row] = image
             if self._augment_caption:
                 captions[row] = transforms.augment_caption(rng, captions[row])
-        epoch = np.asarray(self.epochs[step])
-        return Batch(images, erase, captions, self.split.caption_ids[pairs], epoch)
+        pids, epoch = self.split.caption_ids[pairs], np.asarray(self.epochs[step])
+        batch = batch_lib.Batch(pixels, erase, captions, pids, epoch)
+        return _Element(batch, replaced, tuple(unreadable.items()))
 
-    def _image(self, index: int) -> np.ndarray:
+    def _picture(
+        self, wanted: int, position: int, unreadable: dict[int, str]
+    ) -> tuple[np.ndarray, int]:
+        """Returns the picture, or another one of its identity, and which one it is.
+
+        Adds to `unreadable` what could not be read.
+        """
+        try:
+            return self._load(wanted), wanted
+        except records.DataError as error:
+            first_error = error
+        unreadable[wanted] = str(first_error)
+        ids = self.split.image_ids
+        others = np.flatnonzero(ids == ids[wanted])
+        rng = np.random.default_rng([self._seed, 2, position])
+        for other in rng.permutation(others[others != wanted]).tolist():
+            try:
+                return self._load(other), other
+            except records.DataError as error:
+                unreadable[other] = str(error)
+        raise first_error
+
+    def _load(self, index: int) -> np.ndarray:
         if self._cache is not None and self._cached[index]:
             return self._cache[index]
-        path = self.split.image_root / self.split.image_paths[index]
-        image = transforms.load_image(path, self._image_size)
+        if index in self._errors:
+            raise records.DataError(self._errors[index])
+        try:
+            image = self.split.images.load(index, self._image_size)
+        except records.DataError as error:
+            self._errors[index] = str(error)
+            raise
         if self._cache is not None:
             # Pixels first: another thread may look at the flag at any time.
             self._cache[index] = image
@@ -278,22 +364,22 @@ def image_batches(
     Raises:
       records.DataError: an image cannot be read.
     """
-    paths = [split.image_root / path for path in split.image_paths]
-    pool = concurrent.futures.ThreadPoolExecutor(num_threads, "image-decode")
-    try:
-        futures = (pool.submit(transforms.load_image, path, image_size) for path in paths)
-        ahead = collections.deque(itertools.islice(futures, 2 * batch_size))
-        while ahead:
-            images = np.empty((batch_size, *image_size, 3), np.uint8)
-            count = 0
-            while ahead and count < batch_size:
-                images[count] = ahead.popleft().result()
-                ahead.extend(itertools.islice(futures, 1))
-                count += 1
-            images[count:] = images[0]
-            yield images, count
-    finally:
-        pool.shutdown(cancel_futures=True)
+    total = len(split.images)
+    with contextlib.closing(
+        images.ahead(
+            lambda index: split.images.load(index, image_size),
+            range(total),
+            depth=2 * batch_size,
+            num_threads=num_threads,
+        )
+    ) as loaded:
+        for start in range(0, total, batch_size):
+            count = min(batch_size, total - start)
+            pixels = np.empty((batch_size, *image_size, 3), np.uint8)
+            for row in range(count):
+                pixels[row] = next(loaded)
+            pixels[count:] = pixels[0]
+            yield pixels, count
 
 
 def caption_batches(

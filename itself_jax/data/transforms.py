@@ -1,4 +1,4 @@
-"""Image decoding and the augmentations of images and captions, on the host in uint8.
+"""The augmentations of images and captions, on the host in uint8.
 
 Every random function takes its generator, so the result is a function of (generator state, input).
 Pixels stay uint8 until the device step, which normalises them and paints the erased box: the box
@@ -8,40 +8,16 @@ is filled with CLIP's mean *after* normalisation, a value that uint8 cannot expr
 from __future__ import annotations
 
 import math
-import pathlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from itself_jax.data import records, tokenizer
+from itself_jax.data import tokenizer
 
 
 class AugmentedImage(NamedTuple):
     pixels: np.ndarray  # (H, W, 3) uint8
     erase: np.ndarray  # (4,) int32 top, left, height, width in pixels; height 0: nothing to erase
-
-
-def load_image(path: str | pathlib.Path, size: tuple[int, int]) -> np.ndarray:
-    """Returns the image as (H, W, 3) uint8 RGB, resized straight to `size` = (H, W).
-
-    PIL's bilinear filter (which antialiases), no crop, no aspect keeping, no EXIF rotation: as the
-    reference does.
-
-    Raises:
-      records.DataError: the file is missing, damaged or not an image; the message names it.
-    """
-    height, width = size
-    try:
-        with Image.open(path) as image:
-            resized = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    except Exception as error:
-        # Damaged files make PIL raise OSError, SyntaxError, ValueError, struct.error and others.
-        raise records.DataError(
-            f"{path} cannot be read as an image ({type(error).__name__}: {error}); restore the "
-            "file or remove its record from the annotation file."
-        ) from error
-    return np.asarray(resized)
 
 
 def augment_image(rng: np.random.Generator, image: np.ndarray, *, pad: int = 10) -> AugmentedImage:
@@ -57,16 +33,29 @@ def augment_image(rng: np.random.Generator, image: np.ndarray, *, pad: int = 10)
       image: (H, W, 3) uint8.
       pad: pixels of black padding on every side.
     """
-    height, width, _ = image.shape
-    if rng.random() < 0.5:
-        image = image[:, ::-1]
+    height, width, channels = image.shape
+    flip = rng.random() < 0.5
     top = int(rng.integers(0, 2 * pad + 1))
     left = int(rng.integers(0, 2 * pad + 1))
-    padded = np.zeros((height + 2 * pad, width + 2 * pad, 3), image.dtype)
-    padded[pad : pad + height, pad : pad + width] = image
-    pixels = np.ascontiguousarray(padded[top : top + height, left : left + width])
+    rows, source_rows = _overlap(height, top - pad)
+    columns, source_columns = _overlap(width, left - pad)
+    pixels = np.zeros(image.shape, image.dtype)
+    if flip:
+        # Channel by channel is seven times faster than copying pixels in reverse order.
+        for channel in range(channels):
+            mirrored = image[:, ::-1, channel]
+            pixels[rows, columns, channel] = mirrored[source_rows, source_columns]
+    else:
+        pixels[rows, columns] = image[source_rows, source_columns]
     erase = _erase_box(rng, height, width) if rng.random() < 0.5 else (0, 0, 0, 0)
     return AugmentedImage(pixels, np.asarray(erase, np.int32))
+
+
+def _overlap(length: int, shift: int) -> tuple[slice, slice]:
+    """Returns where an axis and the same axis shifted by `shift` overlap: target and source."""
+    start = max(0, -shift)
+    stop = max(start, min(length, length - shift))
+    return slice(start, stop), slice(start + shift, stop + shift)
 
 
 def _erase_box(rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:

@@ -2,13 +2,15 @@
 
 import collections
 import json
+import logging
 import pathlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from itself_jax.data import pipeline, records, tokenizer, transforms
+from itself_jax.data import batch as batch_lib
+from itself_jax.data import images, packed, pipeline, records, tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZE = (12, 8)
@@ -133,20 +135,45 @@ def test_too_few_identities_are_counted():
         )
 
 
-@pytest.fixture(scope="module")
-def split(tmp_path_factory):
-    """9 identities with 3 images of noise, two captions each: 27 images, 54 pairs."""
-    root = tmp_path_factory.mktemp("noise")
+def _corpus(root, count, per_identity, split="train"):
+    """Pictures of noise, two captions each; a whole number of them per identity."""
     (root / "imgs").mkdir()
     rng = np.random.default_rng(0)
-    content = []
-    for n in range(27):
-        name = f"{n}.png"
-        Image.fromarray(rng.integers(0, 255, (24, 10, 3), np.uint8)).save(root / "imgs" / name)
-        captions = [f"the man number {n} wears a red coat", f"person {n} with a blue bag and a hat"]
-        content.append({"id": n // 3, "img_path": name, "captions": captions, "split": "train"})
-    (root / "data_captions.json").write_text(json.dumps(content))
-    return records.read("synthetic", root, "train")
+    rows = []
+    for n in range(count):
+        Image.fromarray(rng.integers(0, 255, (24, 10, 3), np.uint8)).save(root / f"imgs/{n}.png")
+        captions = (f"the man number {n} wears a red coat", f"person {n} with a blue bag and a hat")
+        rows.append(records.Record(f"{n}.png", str(n // per_identity), captions, split))
+    files = images.ImageFiles(root / "imgs", [row.image for row in rows])
+    return records.Corpus("synthetic", str(root), tuple(rows), files)
+
+
+def _split(corpus):
+    """All of a corpus as one training split."""
+    ids = np.asarray([int(row.identity) for row in corpus.records], np.int32)
+    caption_images = np.repeat(np.arange(len(ids), dtype=np.int32), 2)
+    return records.Split(
+        dataset=corpus.dataset,
+        split=corpus.records[0].split,
+        images=corpus.images,
+        image_paths=tuple(row.image for row in corpus.records),
+        image_ids=ids,
+        captions=tuple(caption for row in corpus.records for caption in row.captions),
+        caption_ids=ids[caption_images],
+        caption_images=caption_images,
+        original_ids=tuple(range(ids.max() + 1)),
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return _corpus(tmp_path_factory.mktemp("noise"), 27, 3)
+
+
+@pytest.fixture(scope="module")
+def split(corpus):
+    """9 identities with 3 images of noise, two captions each: 27 images, 54 pairs."""
+    return _split(corpus)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +204,7 @@ def _assert_equal(batches, expected):
 
 def test_batches_have_the_promised_shapes_and_types(split, clip):
     batch = _take(_stream(split, clip, num_epochs=1))[0]
-    assert isinstance(batch, pipeline.Batch)
+    assert isinstance(batch, batch_lib.Batch)
     found = {name: (value.shape, value.dtype.name) for name, value in batch._asdict().items()}
     assert found == {
         "images": ((8, 12, 8, 3), "uint8"),
@@ -212,9 +239,10 @@ def test_without_augmentation_batches_are_the_decoded_pairs(split, clip):
         assert not batch.erase.any()
         paths = stream.paths(step)
         for row, pair in enumerate(stream.pairs(step)):
-            path = split.image_root / split.image_paths[split.caption_images[pair]]
-            assert paths[row] == str(path)
-            np.testing.assert_array_equal(batch.images[row], transforms.load_image(path, SIZE))
+            image = int(split.caption_images[pair])
+            assert paths[row] == split.images.name(image)
+            assert paths[row].endswith(f"imgs/{split.image_paths[image]}")
+            np.testing.assert_array_equal(batch.images[row], split.images.load(image, SIZE))
             np.testing.assert_array_equal(batch.captions[row], clip.encode(split.captions[pair]))
 
 
@@ -252,11 +280,10 @@ def test_every_visit_of_a_pair_is_augmented_anew(split, clip):
         dict(num_threads=1),
         dict(num_threads=5),
         dict(cache_bytes=0),
-        dict(num_workers=2),
     ],
     ids=str,
 )
-def test_threads_workers_and_cache_do_not_change_the_stream(split, clip, changes):
+def test_threads_and_cache_do_not_change_the_stream(split, clip, changes):
     _assert_equal(_take(_stream(split, clip, **changes)), _take(_stream(split, clip)))
 
 
@@ -278,11 +305,6 @@ def test_too_small_a_cache_is_not_used(split, clip):
 def test_resuming_continues_the_stream_exactly(split, clip, start_step):
     whole = _take(_stream(split, clip))
     _assert_equal(_take(_stream(split, clip), start_step), whole[start_step:])
-
-
-def test_resuming_with_workers_continues_the_stream_exactly(split, clip):
-    whole = _take(_stream(split, clip))
-    _assert_equal(_take(_stream(split, clip, num_workers=1), 7), whole[7:])
 
 
 def test_resuming_at_the_end_is_an_empty_stream(split, clip):
@@ -307,26 +329,210 @@ def test_steps_out_of_range_are_named(split, clip):
             method(-1)
 
 
-@pytest.fixture
-def damaged(tmp_path):
-    (tmp_path / "imgs").mkdir()
-    content = []
-    for n in range(4):
-        (tmp_path / "imgs" / f"bad{n}.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
-        content.append({"id": n, "img_path": f"bad{n}.jpg", "captions": "a man", "split": "train"})
-    (tmp_path / "data_captions.json").write_text(json.dumps(content))
-    return records.read("synthetic", tmp_path, "train")
+def _form(corpus, form, folder):
+    """The same training split from the files or from a packed set."""
+    if form == "files":
+        return _split(corpus)
+    size = SIZE if form == "resized" else None
+    packed.pack(corpus, folder, resize=size, log=lambda line: None)
+    found = packed.find(folder, corpus.dataset, size)
+    return _split(packed.read(found, corpus.dataset))
+
+
+@pytest.mark.parametrize("form", ["original", "resized"])
+def test_packed_pictures_give_identical_batches(corpus, split, clip, form, tmp_path):
+    other = _form(corpus, form, tmp_path)
+    assert isinstance(other.images, packed.PackedImages)
+    _assert_equal(_take(_stream(other, clip)), _take(_stream(split, clip)))
+    for (one, n), (two, m) in zip(
+        pipeline.image_batches(split, image_size=SIZE, batch_size=8),
+        pipeline.image_batches(other, image_size=SIZE, batch_size=8),
+        strict=True,
+    ):
+        assert n == m
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_together_see_the_global_batches(split, clip, hosts):
+    whole = _take(_stream(split, clip))
+    parts = [_take(_stream(split, clip, shard=(host, hosts)), 2) for host in range(hosts)]
+    assert parts[0][0].images.shape == (8 // hosts, *SIZE, 3)
+    joined = [
+        batch_lib.Batch(*map(np.concatenate, list(zip(*rows, strict=True))[:4]), rows[0].epoch)
+        for rows in zip(*parts, strict=True)
+    ]
+    _assert_equal(joined, whole[2:])
+
+
+def test_all_hosts_know_the_global_batches(split, clip):
+    one, other = _stream(split, clip), _stream(split, clip, shard=(1, 2))
+    assert one.steps_per_epoch == other.steps_per_epoch
+    assert one.pairs(3).tolist() == other.pairs(3).tolist() and one.paths(3) == other.paths(3)
+
+
+def test_batch_size_must_be_divisible_by_the_hosts(split, clip):
+    with pytest.raises(
+        ValueError, match="batch_size=8 must be divisible by the number of hosts, 3"
+    ):
+        _stream(split, clip, shard=(0, 3))
+    for shard in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match=r"shard=\(.*index in 0\.\.count-1"):
+            _stream(split, clip, shard=shard)
+
+
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory):
+    """40 identities with 5 pictures each: 200 pictures, so two may be unreadable."""
+    return _corpus(tmp_path_factory.mktemp("large"), 200, 5)
+
+
+class Damaged:
+    """Pictures of which some cannot be read, and how often each was tried."""
+
+    def __init__(self, inner, bad):
+        self.inner, self.bad = inner, frozenset(bad)
+        self.tried = collections.Counter()
+
+    def __len__(self):
+        return len(self.inner)
+
+    def name(self, index):
+        return self.inner.name(index)
+
+    def load(self, index, size):
+        self.tried[index] += 1
+        if index in self.bad:
+            return images.decode(b"damaged", self.name(index), size)
+        return self.inner.load(index, size)
+
+
+def _damage(corpus, bad):
+    return _split(corpus._replace(images=Damaged(corpus.images, bad)))
+
+
+def test_unreadable_picture_is_replaced_by_one_of_its_identity(large_corpus, clip):
+    changes = dict(augment_image=False, augment_caption=False)
+    split, damaged = _split(large_corpus), _damage(large_corpus, {7})
+    plain = _take(_stream(split, clip, **changes))
+    stream = _stream(damaged, clip, **changes)
+    batches = _take(stream)
+    # Pictures 5..9 are identity 1.
+    others = {split.images.load(index, SIZE).tobytes() for index in (5, 6, 8, 9)}
+    used = set()
+    for step, (batch, wanted) in enumerate(zip(batches, plain, strict=True)):
+        bad = split.caption_images[stream.pairs(step)] == 7
+        np.testing.assert_array_equal(batch.images[~bad], wanted.images[~bad])
+        used |= {row.tobytes() for row in batch.images[bad]}
+        for name in ("erase", "captions", "pids", "epoch"):
+            np.testing.assert_array_equal(getattr(batch, name), getattr(wanted, name))
+    assert used <= others and len(used) > 1  # not always the same one
+
+
+def test_replacing_leaves_the_augmentation_of_others_alone(large_corpus, clip):
+    split, damaged = _split(large_corpus), _damage(large_corpus, {7})
+    stream = _stream(damaged, clip)
+    for step, (batch, wanted) in enumerate(
+        zip(_take(stream), _take(_stream(split, clip)), strict=True)
+    ):
+        good = split.caption_images[stream.pairs(step)] != 7
+        np.testing.assert_array_equal(batch.images[good], wanted.images[good])
+        np.testing.assert_array_equal(batch.erase, wanted.erase)
+
+
+def test_replacing_does_not_depend_on_time_or_hosts(large_corpus, clip):
+    expected = _take(_stream(_damage(large_corpus, {7, 8}), clip))
+    for changes in (dict(num_threads=5, cache_bytes=0), dict(num_threads=0)):
+        _assert_equal(_take(_stream(_damage(large_corpus, {7, 8}), clip, **changes)), expected)
+    resumed = _take(_stream(_damage(large_corpus, {7, 8}), clip), 40)
+    _assert_equal(resumed, expected[40:])
+    half = _take(_stream(_damage(large_corpus, {7, 8}), clip, shard=(1, 2)), 40)
+    for part, whole in zip(half, expected[40:], strict=True):
+        np.testing.assert_array_equal(part.images, whole.images[4:])
+
+
+def _warnings(caplog):
+    found = [record for record in caplog.records if record.name == "itself_jax"]
+    return sorted(record.getMessage() for record in found)
+
+
+def test_replaced_rows_are_counted_and_warned_of_once(large_corpus, clip, caplog):
+    split = _damage(large_corpus, {7, 150})
+    stream = _stream(split, clip)
+    wanted = [split.caption_images[stream.pairs(step)] for step in range(stream.total_steps)]
+    with caplog.at_level(logging.WARNING, logger="itself_jax"):
+        _take(stream)
+    assert stream.replaced == np.isin(wanted, [7, 150]).sum() > 2
+    assert stream.unreadable == (split.images.name(7), split.images.name(150))
+    lines = _warnings(caplog)
+    assert len(lines) == 2
+    for line, name in zip(lines, ("imgs/150.png", "imgs/7.png"), strict=True):
+        assert f"{name} cannot be read as an image" in line
+        assert line.endswith("Another picture of the person takes its place.")
+
+
+def test_worker_processes_change_nothing(large_corpus, clip, tmp_path, caplog):
+    """From a packed set with an unreadable picture, resumed: as in one process from files."""
+    damaged = _corpus(tmp_path, 200, 5)
+    (tmp_path / "imgs/7.png").write_bytes(b"damaged")
+    packed.pack(damaged, tmp_path, log=lambda line: None)
+    corpus = packed.read(packed.find(tmp_path, damaged.dataset, SIZE), damaged.dataset)
+    stream = _stream(_split(corpus), clip, num_epochs=2, num_workers=2)
+    with caplog.at_level(logging.WARNING, logger="itself_jax"):
+        batches = _take(stream, 11)
+    (line,) = _warnings(caplog)
+    assert line.startswith("7.png in ") and "Another picture of the person" in line
+    expected = _take(_stream(_damage(large_corpus, {7}), clip, num_epochs=2), 11)
+    _assert_equal(batches, expected)
+    shown = [np.arange(400)[stream.pairs(step)] // 2 for step in range(11, stream.total_steps)]
+    assert stream.replaced == np.equal(shown, 7).sum() > 0
+
+
+def test_unreadable_file_is_read_once(large_corpus, clip):
+    split = _damage(large_corpus, {7})
+    stream = _stream(split, clip, num_threads=0, cache_bytes=0)
+    _take(stream)
+    assert stream.replaced > 1 and split.images.tried[7] == 1
+
+
+def test_more_than_one_percent_unreadable_stops_with_the_list(large_corpus, clip):
+    bad = set(range(0, 200, 10))
+    stream = _stream(_damage(large_corpus, bad), clip)
+    with pytest.raises(
+        records.DataError,
+        match=r"^\d+ of 200 pictures of synthetic train cannot be read, more than 1%: "
+        r".*/imgs/\d+\.png, .*/imgs/\d+\.png, .*; restore them or remove their records",
+    ):
+        _take(stream)
+    assert 3 <= len(stream.unreadable) <= 8  # it stopped at once
+
+
+def test_at_most_ten_of_the_unreadable_are_listed(large_corpus, clip):
+    # All but one picture of every identity: the first batch of 40 meets far more than ten.
+    split = _damage(large_corpus, {n for n in range(200) if n % 5})
+    with pytest.raises(records.DataError) as caught:
+        _take(_stream(split, clip, batch_size=40))
+    assert str(caught.value).count(".png") == 10 and ", ...; restore" in str(caught.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_damaged_image_is_named_in_training(damaged, clip, num_workers):
-    stream = _stream(damaged, clip, num_workers=num_workers)
-    with pytest.raises(records.DataError, match=r"imgs/bad\d\.jpg cannot be read as an image"):
+def test_identity_without_a_readable_picture_stops_with_its_error(large_corpus, clip, num_workers):
+    split = _damage(large_corpus, range(5, 10))
+    stream = _stream(split, clip, num_workers=num_workers)
+    with pytest.raises(records.DataError, match=r"imgs/[5-9]\.png cannot be read as an image"):
         _take(stream)
 
 
-def test_damaged_image_is_named_in_evaluation(damaged):
-    with pytest.raises(records.DataError, match=r"imgs/bad0\.jpg cannot be read as an image"):
+@pytest.fixture
+def damaged(tmp_path):
+    corpus = _corpus(tmp_path, 4, 1, split="test")
+    for n in (1, 2):
+        (tmp_path / "imgs" / f"{n}.png").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    return _split(corpus)
+
+
+def test_evaluation_never_replaces_and_names_the_file(damaged):
+    with pytest.raises(records.DataError, match=r"imgs/1\.png cannot be read as an image"):
         list(pipeline.image_batches(damaged, image_size=SIZE, batch_size=3))
 
 
@@ -340,7 +546,7 @@ def test_image_batches_cover_the_gallery_in_order(split, batch_size, num_threads
     )
     assert [images.shape for images, _ in batches] == [(batch_size, *SIZE, 3)] * len(batches)
     rows = np.concatenate([images[:count] for images, count in batches])
-    wanted = [transforms.load_image(split.image_root / p, SIZE) for p in split.image_paths]
+    wanted = [split.images.load(index, SIZE) for index in range(27)]
     np.testing.assert_array_equal(rows, wanted)
     last, count = batches[-1]
     assert count == 27 - batch_size * (len(batches) - 1)

@@ -1,4 +1,4 @@
-"""Decoding and augmentation: hand-worked examples, the reference's numbers, properties."""
+"""Augmentation: hand-worked examples, the reference's numbers, properties."""
 
 import json
 import pathlib
@@ -6,9 +6,8 @@ import random
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from itself_jax.data import records, tokenizer, transforms
+from itself_jax.data import tokenizer, transforms
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "txt_aug.json").read_text())
 SOT, EOT, MASK = tokenizer.SOT, tokenizer.EOT, tokenizer.MASK
@@ -56,40 +55,6 @@ def _gray(rows):
 NO_FLIP, FLIP, NO_ERASE, ERASE = 0.5, 0.49, 0.5, 0.49
 
 
-def test_load_image_resizes_to_height_and_width(tmp_path):
-    Image.new("L", (7, 5), 200).save(tmp_path / "gray.png")
-    image = transforms.load_image(tmp_path / "gray.png", (6, 4))
-    assert image.shape == (6, 4, 3) and image.dtype == np.uint8
-    assert (image == 200).all()
-
-
-def test_load_image_antialiases_when_shrinking(tmp_path):
-    stripes = _gray([[0, 0, 0, 0, 255, 255, 255, 255]] * 2)
-    Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    image = transforms.load_image(tmp_path / "stripes.png", (2, 2))
-    # Output 0 lies at 2.0 of the input (pixel centres 0.5, 1.5, ...) and weighs its pixels by
-    # 1 - distance/4: dark .625 + .875 + .875 + .625 = 3, bright .375 + .125 = .5, so
-    # 255 * .5 / 3.5 = 36.4. Without antialiasing it would be 0.
-    np.testing.assert_array_equal(image[0, :, 0], [36, 219])
-
-
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing", "folder"])
-def test_unreadable_image_is_named(tmp_path, damage):
-    path = tmp_path / "bad.jpg"
-    if damage == "truncated":
-        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-        Image.fromarray(noise).save(path)
-        path.write_bytes(path.read_bytes()[:1500])
-    elif damage == "text":
-        path.write_text("not an image")
-    elif damage == "empty":
-        path.touch()
-    elif damage == "folder":
-        path.mkdir()
-    with pytest.raises(records.DataError, match=r"bad\.jpg cannot be read as an image .*restore"):
-        transforms.load_image(path, (8, 4))
-
-
 def test_centre_crop_without_flip_is_the_image():
     image = _gray([[1, 2, 3], [4, 5, 6]])
     out = transforms.augment_image(Scripted(NO_FLIP, 10, 10, NO_ERASE), image)
@@ -105,6 +70,24 @@ def test_flip_then_shift_into_the_black_border():
     out = transforms.augment_image(Scripted(FLIP, 0, 2, NO_ERASE), image, pad=1)
     np.testing.assert_array_equal(out.pixels, _gray([[0, 0, 0], [2, 1, 0]]))
     np.testing.assert_array_equal(image, _gray([[1, 2, 3], [4, 5, 6]]))  # the input is untouched
+
+
+@pytest.mark.parametrize("pad", [0, 3, 10])
+@pytest.mark.parametrize("shape", [(24, 12, 3), (7, 5, 3), (1, 1, 3)])
+def test_shifts_are_crops_of_the_padded_picture(shape, pad):
+    # By the definition; pads may be larger than the picture.
+    image = np.random.default_rng(0).integers(1, 256, shape, np.uint8)
+    padded = {
+        flip: np.pad(im, ((pad, pad), (pad, pad), (0, 0)))
+        for flip, im in ((NO_FLIP, image), (FLIP, image[:, ::-1]))
+    }
+    for flip in padded:
+        for top in range(2 * pad + 1):
+            for left in range(2 * pad + 1):
+                rng = Scripted(flip, top, left, NO_ERASE)
+                pixels = transforms.augment_image(rng, image, pad=pad).pixels
+                wanted = padded[flip][top : top + shape[0], left : left + shape[1]]
+                np.testing.assert_array_equal(pixels, wanted)
 
 
 def test_erase_box_of_a_known_area_and_ratio():
