@@ -124,7 +124,9 @@ def select(corpus: Corpus, split: str, *, train_on_all: bool = False) -> Split:
     _say_drawn(corpus, splits, drawn, split, train_on_all)
     records = [corpus.records[index] for index in chosen]
     number = numbers(corpus.records)
-    original = [record.identity if number is None else number[record.identity] for record in records]
+    original = [record.identity for record in records]
+    if number is not None:
+        original = [number[identity] for identity in original]
     original_ids = sorted(set(original))
     label = {identity: at for at, identity in enumerate(original_ids)}
     keep = split != "train" and number is not None
