@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -138,16 +138,24 @@ class Checkpoints:
             the checkpoint (another model). Nothing is renamed in either case.
         """
         self.wait()
-        restored, damaged = self._restore(sorted(self._slots(), reverse=True), template)
+        template = jax.tree_util.tree_map_with_path(_abstract, template)
+        order = sorted(self._slots(), reverse=True)
+        restored, damaged = self._restore(order, lambda path: _read(path, template))
         if restored is not None:
             self._move_aside(damaged)
         return restored
 
-    def restore_best(self, template: Any) -> Restored | None:
+    def restore_best(self, parts: Collection[str]) -> Restored | None:
         """The checkpoint with the highest score, or None if no checkpoint has a score.
 
-        As `restore_latest`, but renames nothing. If the best one is damaged this says so and takes
-        the next best, or the newest without a score: see `damaged_steps` in `Restored.meta`.
+        `state` is read as it was saved, whatever the model: nested dicts of NumPy arrays, of the
+        top-level entries `parts` alone, so that the optimiser's state need not be read; each is an
+        array or dicts of arrays.
+        Renames nothing. If the best one is damaged this says so and takes the next best, or the
+        newest without a score: see `damaged_steps` in `Restored.meta`.
+
+        Raises:
+          CheckpointError: every checkpoint is damaged.
         """
         self.wait()
         scored, unscored, unreadable = [], [], []
@@ -163,7 +171,7 @@ class Checkpoints:
         # An unreadable checkpoint may have been the best one, so it is named first.
         scored.sort(key=lambda item: _rank(item[0], item[1].step), reverse=True)
         order = unreadable + [slot for _, slot in scored + unscored]
-        return self._restore(order, template)[0]
+        return self._restore(order, lambda path: _read_parts(path, parts))[0]
 
     def close(self) -> None:
         """Waits for the last save, then frees the threads. Safe to call twice."""
@@ -226,16 +234,15 @@ class Checkpoints:
         return [] if not self.folder.is_dir() else _slots(self.folder)
 
     def _restore(
-        self, order: Sequence["_Slot"], template: Any
+        self, order: Sequence["_Slot"], read: Callable[[pathlib.Path], tuple[dict[str, Any], Any]]
     ) -> tuple[Restored | None, list["_Slot"]]:
         """The first of `order` that is intact, and those before it that are not."""
-        template = jax.tree_util.tree_map_with_path(_abstract, template)
         damaged: list[_Slot] = []
         reason = ""
         for slot in order:
             path = self.folder / slot.name
             try:
-                document, state = _read(path, template)
+                document, state = read(path)
             except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # Another model, or too little memory: no fault of the files.
             except Exception as error:
@@ -411,12 +418,35 @@ def _read(path: pathlib.Path, template: Any) -> tuple[dict[str, Any], Any]:
     _check_same_arrays(path, template, document["arrays"])
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
         state = reader.restore(path / "state", args=ocp.args.StandardRestore(template))
+    _verify(state, document["arrays"])
+    return document, state
+
+
+def _read_parts(path: pathlib.Path, parts: Collection[str]) -> tuple[dict[str, Any], Any]:
+    """Document, and the named top-level entries of the state; any error means damage."""
+    document = _read_document(path)
+    template: dict[str, Any] = {}
+    for name, array in document["arrays"].items():
+        *folders, last = name.split("/")
+        if (folders or [last])[0] in parts:
+            node = template
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[last] = jax.ShapeDtypeStruct(tuple(array["shape"]), np.dtype(array["dtype"]))
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
+    arguments = ocp.args.PyTreeRestore(template, restore_args=as_numpy, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        state = reader.restore(path / "state", args=arguments)
+    _verify(state, document["arrays"])
+    return document, state
+
+
+def _verify(state: Any, arrays: dict[str, Any]) -> None:
     leaves = _named_leaves(state)
     for name, checksum in zip(leaves, _checksums(leaves), strict=True):
-        expected = document["arrays"][name]["crc32"]
+        expected = arrays[name]["crc32"]
         if None not in (checksum, expected) and checksum != expected:
             raise ValueError(f"{name} does not match its checksum")
-    return document, state
 
 
 def _check_same_arrays(path: pathlib.Path, template: Any, arrays: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ import ml_collections
 _SIZES = ("width", "depth", "heads")
 SALIENCY_SOURCES = ("mars", "last", "layer:K", "mean", "std", "min_mean", "min_std")
 DATASETS = ("synthetic", "cuhk_pedes", "icfg_pedes", "rstp_reid", "jsonl")
+HELD_OUT = ("icfg_pedes", "jsonl")  # may have no val of their own: some of train is held out
 
 
 class ConfigError(ValueError):
@@ -92,6 +93,7 @@ class Optim:
 class Augment:
     image: bool = True
     text: bool = True
+    pad: int = 10  # pixels a picture may shift by, each way; the published 10 are for 384x128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Eval:
     protocol: str = "val"  # or "paper": epoch and fusion weight chosen on the test split
     alpha: float | None = None  # None: chosen on validation
     batch_size: int = 128
+    captions: str = "all"  # each caption is a query; or "single": the first one of each picture
     dump_embeddings: bool = False
     chunk_mb: int = 64  # memory of one block of similarities
 
@@ -138,6 +141,8 @@ class Config:
     batch_size: int = 256  # pairs over all devices
     num_instances: int = 2  # pairs per identity in a batch
     num_epochs: int = 60
+    last_epoch: int | None = None  # end after this epoch of a schedule of `num_epochs`
+    train_on_all: bool = False  # also on the identities held out as val, where there is no own val
     warmup_epochs: int = 5
     seed: int = 0
     precision: str | None = None  # None: bfloat16 on TPU/GPU, float32 on CPU
@@ -160,6 +165,27 @@ CHANGEABLE = (
 )
 
 
+_TINY = {
+    "model.image_size": (96, 32),
+    "model.patch_size": 16,
+    "model.vision_width": 64,
+    "model.text_width": 64,
+    "model.embed_dim": 64,
+    "model.vision_depth": 2,
+    "model.text_depth": 2,
+    "model.vision_heads": 4,
+    "model.text_heads": 4,
+    "local.dim": 128,
+    "augment.pad": 2,
+    "batch_size": 16,
+    "eval.batch_size": 32,
+    "num_epochs": 2,
+    "warmup_epochs": 1,
+    "optim.learning_rate": 3e-4,
+    "optim.eps": 1e-8,
+}
+
+
 def default() -> ml_collections.ConfigDict:
     """The published settings as a ConfigDict, for `configs/*.py` to change and return."""
     return _to_config_dict(Config())
@@ -169,7 +195,8 @@ def apply_variants(config: ml_collections.ConfigDict, names: str) -> ml_collecti
     """Applies comma-separated ablations, e.g. `configs/cuhk.py:baseline,stride12`.
 
     `baseline` global branch only; `sl` one layer's map, no ATS; `sl_ats`; `mars` no ATS; `itself`
-    (the default) MARS and ATS; `stride12` overlapping patches; `vit_b32` patches of 32 pixels.
+    (the default) MARS and ATS; `stride12` overlapping patches; `vit_b32` patches of 32 pixels;
+    `tiny` a small untrained model for two epochs, to try data and machine in a minute.
 
     Raises:
       ConfigError: an unknown variant, with the nearest known one.
@@ -183,6 +210,7 @@ def apply_variants(config: ml_collections.ConfigDict, names: str) -> ml_collecti
         "sl": {"local.saliency": layer, "local.ats": False},
         "sl_ats": {"local.saliency": layer},
         "mars": {"local.ats": False},
+        "tiny": _TINY,
         "stride12": {"model.stride": 12},
         "vit_b32": {"model.patch_size": 32},
     }
@@ -339,6 +367,7 @@ def _validate(config: Config) -> None:
     one_of("model.activation", model.activation, ("quick_gelu", "gelu"))
     one_of("loss.mismatch_label", config.loss.mismatch_label, ("batch_max", "extra_class"))
     one_of("eval.protocol", config.eval.protocol, ("val", "paper"))
+    one_of("eval.captions", config.eval.captions, ("all", "single"))
 
     flat = flatten(to_dict(config))
     sizes = ("patch_size", "embed_dim", *(f"{t}_{s}" for t in ("vision", "text") for s in _SIZES))
@@ -350,7 +379,10 @@ def _validate(config: Config) -> None:
     ):
         value = flat[key]
         check(key, value, value > 0 and math.isfinite(value), "must be positive")
-    for key in ("seed", "synthetic.seed", "num_workers", "warmup_epochs", "optim.weight_decay"):
+    for key in (
+        *("seed", "synthetic.seed", "num_workers", "augment.pad", "warmup_epochs"),
+        "optim.weight_decay",
+    ):
         check(key, flat[key], flat[key] >= 0, "must be zero or more")
     check("loss.margin", config.loss.margin, config.loss.margin >= 0, "must be zero or more")
     for count in config.synthetic.identities:
@@ -375,11 +407,15 @@ def _validate(config: Config) -> None:
             f"leaves no patch of {model.patch_size} pixels; use larger pictures or smaller patches",
         )
     rows, columns = model.grid
-    check("model.stride", model.stride, rows * columns >= 2, "leaves fewer than two patches")
+    if model.stride is None:
+        key, value = "model.image_size", model.image_size
+    else:
+        key, value = "model.stride", model.stride
+    check(key, value, rows * columns >= 2, "leaves fewer than two patches")
     for tower in ("vision", "text"):
         width, heads = getattr(model, f"{tower}_width"), getattr(model, f"{tower}_heads")
         check(f"model.{tower}_heads", heads, width % heads == 0, f"must divide the width {width}")
-    check("model.text_length", model.text_length, model.text_length >= 4, "must be at least 4")
+    check("model.text_length", model.text_length, 4 <= model.text_length <= 248, "must be 4..248")
     check("model.vocab_size", model.vocab_size, model.vocab_size >= 4, "must be at least 4")
     check("local.dim", local.dim, local.dim % 2 == 0, "must be even (GRAB's hidden width is half)")
 
@@ -401,6 +437,27 @@ def _validate(config: Config) -> None:
         config.num_epochs > config.warmup_epochs,
         f"must exceed warmup_epochs={config.warmup_epochs}",
     )
+    if config.last_epoch is not None:
+        check(
+            "last_epoch",
+            config.last_epoch,
+            1 <= config.last_epoch <= config.num_epochs,
+            f"must lie in 1..num_epochs={config.num_epochs}",
+        )
+    if config.train_on_all:
+        check(
+            "train_on_all",
+            True,
+            config.dataset in HELD_OUT,
+            f"only {', '.join(HELD_OUT)} may have no val of their own",
+        )
+        check(
+            "eval.alpha",
+            config.eval.alpha,
+            config.eval.alpha is not None or not local.enabled,
+            "must be given with train_on_all, which leaves nobody to choose it on: take the one "
+            "that the run with held-out identities has chosen",
+        )
     for key in ("ratio", "ratio_start", "ratio_end"):
         value = getattr(local, key)
         check(f"local.{key}", value, 0 < value <= 1, "must lie in (0, 1]")

@@ -25,9 +25,16 @@ class Meter:
     """
 
     def __init__(
-        self, config: config_lib.Config, directory: workdir.Workdir, stream: Any, *, start: int
+        self,
+        config: config_lib.Config,
+        directory: workdir.Workdir,
+        stream: Any,
+        *,
+        start: int,
+        total: int,
     ) -> None:
         self.step = start
+        self._total = total
         self._config = config
         self._workdir = directory
         self._stream = stream
@@ -36,7 +43,7 @@ class Meter:
         self._clocked_step = start
         self._rate = math.nan
         self._bar = tqdm.tqdm(
-            total=stream.total_steps,
+            total=total,
             initial=start,
             unit="step",
             disable=not sys.stderr.isatty(),
@@ -85,10 +92,11 @@ class Meter:
         shown = {"epoch": epoch, "loss": f"{record['loss']:.3f}", "pairs/s": f"{self._rate:.0f}"}
         self._bar.set_postfix(shown, refresh=False)
         if self._bar.disable:
-            left = (self._stream.total_steps - number) * self._config.batch_size / self._rate
+            left = (self._total - number) * self._config.batch_size / self._rate
+            epochs = self._config.last_epoch or self._config.num_epochs
             print_line(
-                f"epoch {epoch}/{self._config.num_epochs}  step {number}/"
-                f"{self._stream.total_steps}  loss {record['loss']:.3f}  "
+                f"epoch {epoch}/{epochs}  step {number}/"
+                f"{self._total}  loss {record['loss']:.3f}  "
                 f"{self._rate:.0f} pairs/s  ETA {clock(left)}"
             )
 

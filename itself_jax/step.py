@@ -1,10 +1,13 @@
-"""The compiled step: pictures and ids in, one Adam update out. Needs no data library.
+"""The compiled programs: the step (pictures and ids in, one Adam update out) and the encoders.
+
+They need no data library.
 
 `make` gathers what one step needs (model, optimiser, schedules) so that training, tests and
 benchmarks run the very same step.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,7 +18,8 @@ import optax
 from jaxtyping import Array, Float, Int, UInt8
 
 from itself_jax import config as config_lib
-from itself_jax import losses, optim
+from itself_jax import losses, optim, sharding
+from itself_jax.data import batch as batch_lib
 from itself_jax.models import itself, saliency
 
 # CLIP's statistics of RGB in [0, 1].
@@ -256,3 +260,53 @@ def horizon_steps(horizon: int | str, steps_per_epoch: tuple[int, ...]) -> int:
     mean = sum(steps_per_epoch) / len(steps_per_epoch)
     beyond = max(0, epochs - len(steps_per_epoch))
     return sum(steps_per_epoch[:epochs]) + round(beyond * mean)
+
+
+def state_template(training: Training, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, types and places of everything that training changes."""
+    shapes = jax.eval_shape(lambda: training.init(0))
+    place = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+
+def compile_step(
+    training: Training, template: TrainState, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """The train step for exactly one batch shape: another shape is an error, not a compilation."""
+    config = training.config
+    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    b = config.batch_size
+
+    def array(shape: tuple[int, ...], dtype: Any, place: Any = rows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    batch = batch_lib.Batch(
+        images=array((b, *config.model.image_size, 3), np.uint8),
+        erase=array((b, 4), np.int32),
+        captions=array((b, config.model.text_length), np.int32),
+        pids=array((b,), np.int32),
+        epoch=array((), np.int32, whole),
+    )
+    compiled = jax.jit(training.step, donate_argnums=0, out_shardings=whole)
+    return compiled.lower(template, batch).compile()
+
+
+def compile_encoders(
+    training: Training, template: TrainState, mesh: jax.sharding.Mesh
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Image and text encoder for batches of `eval.batch_size`."""
+    config = training.config
+    rows = sharding.batch(mesh)
+    variables = {"params": template.params, "batch_stats": template.batch_stats}
+    b = config.eval.batch_size
+    if b % mesh.shape["data"]:
+        raise config_lib.ConfigError(
+            f"config.eval.batch_size={b} is not divisible by the {mesh.shape['data']} devices of "
+            "config.mesh.data."
+        )
+    pixels = jax.ShapeDtypeStruct((b, *config.model.image_size, 3), np.uint8, sharding=rows)
+    ids = jax.ShapeDtypeStruct((b, config.model.text_length), np.int32, sharding=rows)
+    return (
+        jax.jit(training.encode_images).lower(variables, pixels).compile(),
+        jax.jit(training.encode_captions).lower(variables, ids).compile(),
+    )

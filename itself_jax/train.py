@@ -4,16 +4,26 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from itself_jax import checkpoint, evaluate, interrupt, retrieval, sharding, step, workdir
+from itself_jax import (
+    checkpoint,
+    evaluate,
+    interrupt,
+    retrieval,
+    sharding,
+    step,
+    weights,
+    workdir,
+)
 from itself_jax import config as config_lib
 from itself_jax import meter as meter_lib
-from itself_jax.data import pipeline, records, synthetic, tokenizer
+from itself_jax.data import batch as batch_lib
+from itself_jax.data import datasets, pipeline, records, synthetic, tokenizer
 
 Log = Callable[[str], None]
 
@@ -23,7 +33,7 @@ class Progress(NamedTuple):
 
     epoch: int = 0  # completed epochs
     validated: bool = True  # whether the last completed epoch was validated
-    score: float | None = None  # R@1 of that validation
+    score: float | None = None  # R@1 of that validation (with `train_on_all` the epoch)
     best_score: float | None = None
     best_epoch: int = 0
     best_alpha: float = 1.0
@@ -66,6 +76,8 @@ def run(
 
     train_split = read_split(config, config.dataset, "train", log)
     validation_split = read_split(config, config.dataset, validation_name(config), log)
+    # Read now, used at the end: hours of training must not end at a misspelt folder.
+    test_splits = read_test_splits(config, log)
     words = tokenizer.Tokenizer(config.model.text_length)
     stream = pipeline.TrainStream(
         train_split,
@@ -77,6 +89,7 @@ def run(
         seed=config.seed,
         augment_image=config.augment.image,
         augment_caption=config.augment.text,
+        augment_pad=config.augment.pad,
         num_workers=config.num_workers,
     )
     # Everything is compiled before the first step, so that no later signal meets a compiler.
@@ -86,10 +99,12 @@ def run(
             num_identities=train_split.num_identities,
             steps_per_epoch=stream.steps_per_epoch,
         )
-        template = state_template(training, mesh)
-        log(describe(config, train_split, stream, template, mesh))
-        encoders = compile_encoders(training, template, mesh)
-        train_step = compile_step(training, template, mesh)
+        template = step.state_template(training, mesh)
+        ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
+        last_step = int(ends[(config.last_epoch or config.num_epochs) - 1])
+        log(describe(config, train_split, last_step, template, mesh))
+        encoders = step.compile_encoders(training, template, mesh)
+        train_step = step.compile_step(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
     directory.describe(config, compute_dtype)
 
@@ -97,8 +112,7 @@ def run(
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template)
         saved = (int(state.step), progress.validated)
-        ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
-        meter = meter_lib.Meter(config, directory, stream, start=int(state.step))
+        meter = meter_lib.Meter(config, directory, stream, start=int(state.step), total=last_step)
 
         def save() -> None:
             nonlocal saved
@@ -114,10 +128,10 @@ def run(
             try:
                 while True:
                     if not progress.validated:
-                        rows = encode_and_rank(this, state, validation_split)
+                        rows = encode_and_rank(this, variables_of(state), validation_split)
                         progress = judge(this, progress, rows, meter.step)
                         save()
-                    if meter.step == stream.total_steps:
+                    if meter.step == last_step:
                         break
                     meter.restart_clock()
                     with jax.transfer_guard("disallow"):
@@ -140,15 +154,13 @@ def run(
                 meter.close()
                 batches.close()
             checkpoints.wait()
-        best = checkpoints.restore_best(template)
 
-    if best is None:
-        raise checkpoint.CheckpointError(f"{directory.checkpoints} holds no validated checkpoint.")
+    best = weights.read(directory.path, log)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
-    log(f"Testing epoch {best.meta['epoch']}, the best on {validation_split.split}.")
+    log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
-        test(this, best.state, alpha)
-    directory.finish({"step": stream.total_steps, "best_epoch": best.meta["epoch"]})
+        test(this, weights.fit(best, variables_of(template), log), alpha, test_splits)
+    directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
 
@@ -168,27 +180,31 @@ def evaluate_only(
     directory = workdir.Workdir(path)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     source = directory.path if config.init_from is None else pathlib.Path(config.init_from)
-    train_split = read_split(config, config.dataset, "train", log)
+    test_splits = read_test_splits(config, log)
+    best = weights.read(source, log)
     with interrupts.compilation():
+        # The identities are those of the weights: another data set's are never needed to test.
         training = step.make(
-            config,
-            num_identities=train_split.num_identities,
-            steps_per_epoch=(1,) * config.num_epochs,
+            config, num_identities=best.num_identities, steps_per_epoch=(1,) * config.num_epochs
         )
-        template = state_template(training, mesh)
-        best = restore_weights(source, template, log)
-        encoders = compile_encoders(training, template, mesh)
+        template = step.state_template(training, mesh)
+        variables = weights.fit(best, variables_of(template), log)
+        encoders = step.compile_encoders(training, template, mesh)
     words = tokenizer.Tokenizer(config.model.text_length)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']} of {source}.")
     with interrupts.checked_work():
-        test(this, best.state, alpha)
+        test(this, variables, alpha, test_splits)
 
 
 def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:
-    """One split; the embedded data set is generated when its cache folder is not there yet."""
-    root = None if config.data_root is None else pathlib.Path(config.data_root).expanduser()
+    """One split; the embedded data set is generated when its cache folder is not there yet.
+
+    Query captions are all of a picture's, or its first one with `eval.captions="single"`; training
+    always uses all.
+    """
+    root = config.data_root
     if dataset == "synthetic":
         root = synthetic_folder(config, log)
     elif root is None:
@@ -196,7 +212,21 @@ def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) ->
             f"config.data_root is not set: dataset {dataset!r} needs the folder that holds the "
             "benchmark's own folder."
         )
-    return records.read(dataset, root, split)
+    found = datasets.read(
+        dataset,
+        root,
+        split,
+        image_size=config.model.image_size,
+        train_on_all=config.train_on_all,
+    )
+    single = split != "train" and config.eval.captions == "single"
+    return found.single_caption() if single else found
+
+
+def read_test_splits(config: config_lib.Config, log: Log) -> list[records.Split]:
+    """The test splits of the run's own and the further data sets."""
+    names = dict.fromkeys((config.dataset, *config.eval_datasets))
+    return [read_split(config, name, "test", log) for name in names]
 
 
 def synthetic_folder(config: config_lib.Config, log: Log) -> pathlib.Path:
@@ -217,54 +247,18 @@ def validation_name(config: config_lib.Config) -> str:
     return "test" if config.eval.protocol == "paper" else "val"
 
 
-def state_template(training: step.Training, mesh: jax.sharding.Mesh) -> step.TrainState:
-    """Shapes, types and places of everything that training changes."""
-    shapes = jax.eval_shape(lambda: training.init(0))
-    place = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+def how_chosen(config: config_lib.Config) -> str:
+    """How the tested epoch came about, for the log and the reader of the result."""
+    if config.train_on_all:
+        return "the last one: nothing was left to validate on"
+    if config.eval.protocol == "paper":
+        return "chosen on the test split itself, as the reference does"
+    return "the best on val"
 
 
-def compile_step(
-    training: step.Training, template: step.TrainState, mesh: jax.sharding.Mesh
-) -> Callable[..., Any]:
-    """The train step for exactly one batch shape: another shape is an error, not a compilation."""
-    config = training.config
-    rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
-    b = config.batch_size
-
-    def array(shape: tuple[int, ...], dtype: Any, place: Any = rows) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    batch = pipeline.Batch(
-        images=array((b, *config.model.image_size, 3), np.uint8),
-        erase=array((b, 4), np.int32),
-        captions=array((b, config.model.text_length), np.int32),
-        pids=array((b,), np.int32),
-        epoch=array((), np.int32, whole),
-    )
-    compiled = jax.jit(training.step, donate_argnums=0, out_shardings=whole)
-    return compiled.lower(template, batch).compile()
-
-
-def compile_encoders(
-    training: step.Training, template: step.TrainState, mesh: jax.sharding.Mesh
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Image and text encoder for batches of `eval.batch_size`."""
-    config = training.config
-    rows = sharding.batch(mesh)
-    variables = {"params": template.params, "batch_stats": template.batch_stats}
-    b = config.eval.batch_size
-    if b % mesh.shape["data"]:
-        raise config_lib.ConfigError(
-            f"config.eval.batch_size={b} is not divisible by the {mesh.shape['data']} devices of "
-            "config.mesh.data."
-        )
-    pixels = jax.ShapeDtypeStruct((b, *config.model.image_size, 3), np.uint8, sharding=rows)
-    ids = jax.ShapeDtypeStruct((b, config.model.text_length), np.int32, sharding=rows)
-    return (
-        jax.jit(training.encode_images).lower(variables, pixels).compile(),
-        jax.jit(training.encode_captions).lower(variables, ids).compile(),
-    )
+def variables_of(state: step.TrainState) -> dict[str, Any]:
+    """What the encoders read."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def restore_or_init(
@@ -279,8 +273,16 @@ def restore_or_init(
         )
         state = init(this.config.seed)
         if this.config.init_from is not None:
-            source = restore_weights(pathlib.Path(this.config.init_from), template, this.log)
-            state = state._replace(params=source.state.params, batch_stats=source.state.batch_stats)
+            source = weights.read(pathlib.Path(this.config.init_from), this.log)
+            fresh = variables_of(state)
+            state = state._replace(
+                **weights.fit(source, variables_of(template), this.log, fresh=fresh)
+            )
+        elif this.config.dataset not in ("synthetic", "jsonl"):
+            this.log(
+                "WARNING: config.init_from is not set, so the encoders start from random numbers. "
+                "The published results need CLIP's weights (OpenAI's ViT-B/16)."
+            )
         return state, Progress()
     progress = Progress(**{name: restored.meta[name] for name in Progress._fields})
     this.workdir.cut_metrics(restored.step, validated=progress.validated)
@@ -288,25 +290,7 @@ def restore_or_init(
     return restored.state, progress
 
 
-def restore_weights(
-    source: pathlib.Path, template: step.TrainState, log: Log
-) -> checkpoint.Restored:
-    """The best checkpoint of a work directory (or of its `checkpoints` folder)."""
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    if not folder.is_dir():
-        raise checkpoint.CheckpointError(
-            f"{source} is not a work directory of itself_jax: other kinds of weights cannot be "
-            "read yet; give a directory that `itself_jax.main` has trained in."
-        )
-    found = checkpoint.Checkpoints(folder, log=log).restore_best(template)
-    if found is None:
-        raise checkpoint.CheckpointError(
-            f"{folder} holds no validated checkpoint: train there first, or set config.init_from."
-        )
-    return found
-
-
-def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> pipeline.Batch:
+def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> batch_lib.Batch:
     """The next batch. Ctrl-C also reaches worker processes: their death is then no error."""
     try:
         return next(batches)
@@ -315,10 +299,11 @@ def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> pipeline.Batch
         raise
 
 
-def encode_and_rank(this: Run, state: step.TrainState, split: records.Split) -> list[retrieval.Row]:
+def encode_and_rank(
+    this: Run, variables: dict[str, Any], split: records.Split
+) -> list[retrieval.Row]:
     """Encodes a split once and ranks it in both directions; checks for signals on the way."""
     config = this.config
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
     encode_images, encode_captions = this.encoders
     embeddings = evaluate.encode_corpus(
         lambda pixels: encode_images(variables, pixels),
@@ -350,12 +335,12 @@ def judge(this: Run, progress: Progress, rows: list[retrieval.Row], at: int) -> 
     this.workdir.write_metrics(
         record | {name: getattr(metrics, name) for name in names} | {"alpha": alpha}
     )
-    progress = progress._replace(validated=True, score=metrics.R1)
-    better = progress.best_score is None or metrics.R1 > progress.best_score
+    # Where validation people were trained on, their R@1 says nothing: the last epoch counts.
+    score = float(progress.epoch) if this.config.train_on_all else metrics.R1
+    progress = progress._replace(validated=True, score=score)
+    better = progress.best_score is None or score > progress.best_score
     if better:
-        progress = progress._replace(
-            best_score=metrics.R1, best_epoch=progress.epoch, best_alpha=alpha
-        )
+        progress = progress._replace(best_score=score, best_epoch=progress.epoch, best_alpha=alpha)
     this.log(
         f"epoch {progress.epoch}: {record['split']} R@1 {metrics.R1:.2f}  R@5 {metrics.R5:.2f}  "
         f"R@10 {metrics.R10:.2f}  mAP {metrics.mAP:.2f}  (α {alpha:g})" + ("  best" * better)
@@ -368,20 +353,21 @@ def chosen_row(rows: list[retrieval.Row], alpha: float) -> retrieval.Row:
     return next(row for row in rows if row.direction == "t2i" and row.alpha == alpha)
 
 
-def test(this: Run, state: step.TrainState, alpha: float) -> None:
-    """Tests on the run's own and the further data sets, writes and prints the tables."""
+def test(
+    this: Run, variables: dict[str, Any], alpha: float, splits: Sequence[records.Split]
+) -> None:
+    """Tests on each data set, writes and prints the tables."""
     config = this.config
     if not config.local.enabled:
         alpha = 1.0
-    for dataset in (config.dataset, *config.eval_datasets):
-        split = read_split(config, dataset, "test", this.log)
-        extra = {}
-        if dataset == "synthetic":
+    for split in splits:
+        extra = {"captions": config.eval.captions, "epoch": how_chosen(config)}
+        if split.dataset == "synthetic":
             extra["oracle_R1"] = synthetic.oracle_rank1(synthetic_folder(config, this.log), "test")
-        rows = encode_and_rank(this, state, split)
+        rows = encode_and_rank(this, variables, split)
         summary = evaluate.results(
             rows,
-            dataset=dataset,
+            dataset=split.dataset,
             split="test",
             queries=len(split.captions),
             gallery=len(split.image_paths),
@@ -396,7 +382,7 @@ def test(this: Run, state: step.TrainState, alpha: float) -> None:
 def describe(
     config: config_lib.Config,
     split: records.Split,
-    stream: pipeline.TrainStream,
+    last_step: int,
     template: step.TrainState,
     mesh: jax.sharding.Mesh,
 ) -> str:
@@ -405,6 +391,6 @@ def describe(
     return (
         f"{split.dataset}: {len(split.captions)} pairs of {split.num_identities} identities; "
         f"{size:.1f} M parameters in {step.compute_dtype(config.precision).name}; "
-        f"{stream.total_steps} steps of {config.batch_size} pairs on {mesh.size} "
+        f"{last_step} steps of {config.batch_size} pairs on {mesh.size} "
         f"{jax.devices()[0].device_kind} device(s)."
     )

@@ -97,7 +97,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_meta(tmp_path):
     meta = {"epoch": 2, "score": None, "data": {"position": 12}, "best": 41.25, "rng": [1, 2]}
     with checkpoint.Checkpoints(tmp_path / "new" / "folder") as checkpoints:
         assert checkpoints.restore_latest(_template(state)) is None
-        assert checkpoints.restore_best(_template(state)) is None
+        assert checkpoints.restore_best(("params",)) is None
         assert not (tmp_path / "new").exists()
         checkpoints.save(7, state, meta)
         restored = checkpoints.restore_latest(_template(state))
@@ -116,17 +116,17 @@ def test_the_best_and_the_last_two_steps_are_kept(tmp_path):
         checkpoints.wait()
         # Steps 2 and 4 are equally good: the earlier one stays the best.
         assert _folders(folder) == ["2", "4", "5"]
-        assert checkpoints.restore_best(_template(_state())).step == 2
+        assert checkpoints.restore_best(("params",)).step == 2
 
     with checkpoint.Checkpoints(folder) as checkpoints:
-        assert checkpoints.restore_best(_template(_state())).step == 2
+        assert checkpoints.restore_best(("params",)).step == 2
         checkpoints.save(6, _state(6), {"score": 3.0})
         checkpoints.save(7, _state(7), {"score": 3.5})
         checkpoints.save(8, _state(8), {"score": -1.0})
         checkpoints.save(9, _state(9), {"score": float("nan")})
         checkpoints.wait()
         assert _folders(folder) == ["7", "8", "9"]
-        best = checkpoints.restore_best(_template(_state()))
+        best = checkpoints.restore_best(("params",))
         assert (best.step, best.meta) == (7, {"score": 3.5})
         assert checkpoints.restore_latest(_template(_state())).step == 9
 
@@ -138,13 +138,13 @@ def test_a_step_without_a_score_is_never_the_best(tmp_path):
             checkpoints.save(step, _state(step), {"score": None})
         checkpoints.wait()
         assert _folders(folder) == ["2", "3"]
-        assert checkpoints.restore_best(_template(_state())) is None
+        assert checkpoints.restore_best(("params",)) is None
         checkpoints.save(4, _state(4), {"score": -5.0})
         for step in (5, 6, 7):
             checkpoints.save(step, _state(step), {})
         checkpoints.wait()
         assert _folders(folder) == ["4", "6", "7"]
-        assert checkpoints.restore_best(_template(_state())).step == 4
+        assert checkpoints.restore_best(("params",)).step == 4
 
 
 def test_a_step_saved_again_replaces_itself_and_counts_once(tmp_path):
@@ -162,9 +162,9 @@ def test_a_step_saved_again_replaces_itself_and_counts_once(tmp_path):
     assert _folders(folder) == ["2-1", "3-2", "4"]
 
     with checkpoint.Checkpoints(folder) as checkpoints:
-        best = checkpoints.restore_best(_template(_state()))
+        best = checkpoints.restore_best(("params",))
         assert (best.step, best.meta) == (2, {"score": 5.0})
-        _assert_equal_bits(best.state, _state(20))
+        _assert_equal_bits(best.state["params"], jax.device_get(_state(20)["params"]))
         checkpoints.save(4, _state(40), {"score": 6.0})
         latest = checkpoints.restore_latest(_template(_state()))
     assert (latest.step, latest.meta) == (4, {"score": 6.0})
@@ -327,22 +327,35 @@ def test_a_damaged_older_step_does_not_stop_saving(saved):
 def test_a_damaged_best_gives_way_to_the_next_best_and_stays_where_it_is(saved, log):
     _delete_data(saved / "1")
     with checkpoint.Checkpoints(saved, log=log.append) as checkpoints:
-        restored = checkpoints.restore_best(_template(_state()))
+        restored = checkpoints.restore_best(("params",))
         assert restored.meta == {"score": 3.0, "damaged_steps": [1]}
         assert restored.step == 3
         assert "step 1) is damaged" in log[0]
         _truncate_json(saved / "3")
-        assert checkpoints.restore_best(_template(_state())).meta["damaged_steps"] == [1, 3]
+        assert checkpoints.restore_best(("params",)).meta["damaged_steps"] == [1, 3]
     assert _folders(saved) == ["1", "2", "3"]
+
+
+def test_parts_of_the_best_are_read_without_the_rest_and_without_a_template(saved, log):
+    with checkpoint.Checkpoints(saved, log=log.append) as checkpoints:
+        parts = checkpoints.restore_best(("params",)).state
+        assert parts.keys() == {"params"}
+        _assert_equal_bits(parts["params"], jax.device_get(_state(1)["params"]))
+        table = checkpoints.restore_best(("table", "step")).state
+    assert table.keys() == {"step", "table"} and table["step"] == 1
+    np.testing.assert_array_equal(table["table"], _state(1)["table"])
 
 
 def test_when_every_checkpoint_is_damaged_the_error_says_what_to_do(saved):
     for step in ("1", "2", "3"):
         _delete_data(saved / step)
     with checkpoint.Checkpoints(saved) as checkpoints:
-        for restore in (checkpoints.restore_latest, checkpoints.restore_best):
+        for restore in (
+            lambda: checkpoints.restore_latest(_template(_state())),
+            lambda: checkpoints.restore_best(("params",)),
+        ):
             with pytest.raises(checkpoint.CheckpointError, match="all 3 checkpoints in") as caught:
-                restore(_template(_state()))
+                restore()
             assert str(saved) in str(caught.value)
             assert "backup" in str(caught.value)
     assert _folders(saved) == ["1", "2", "3"]
@@ -354,12 +367,11 @@ def test_another_model_size_is_named_and_no_file_is_touched(saved, log):
 
     before = listing()
     with checkpoint.Checkpoints(saved, log=log.append) as checkpoints:
-        for restore in (checkpoints.restore_latest, checkpoints.restore_best):
-            with pytest.raises(
-                checkpoint.CheckpointError,
-                match=r"kernel is float32\[256, 16\] in the checkpoint and float32\[256, 24\] here",
-            ):
-                restore(_template(_state(width=24)))
+        with pytest.raises(
+            checkpoint.CheckpointError,
+            match=r"kernel is float32\[256, 16\] in the checkpoint and float32\[256, 24\] here",
+        ):
+            checkpoints.restore_latest(_template(_state(width=24)))
         template = _template(_state())
         template["params"]["extra"] = jax.ShapeDtypeStruct((2,), jnp.float32)
         with pytest.raises(checkpoint.CheckpointError, match="params/extra is no such array in"):
@@ -412,7 +424,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_checkpoint(tmp_path, log):
         assert "free space" in message
         assert _finished(folder) == ["1", "2", "3"]
         assert checkpoints.restore_latest(big).step == 3
-        assert checkpoints.restore_best(big).step == 1
+        assert checkpoints.restore_best(("weights",)).step == 1
         # Once there is space again, the same object goes on.
         checkpoints.save(4, big, {"score": 2.0})
     assert _folders(folder) == ["3", "4"]

@@ -1,6 +1,8 @@
 """The one door for settings: what it accepts, what it refuses, and what it says."""
 
 import dataclasses
+import importlib.util
+import pathlib
 import re
 
 import ml_collections
@@ -159,6 +161,7 @@ OUT_OF_RANGE = (
     ("model.activation", "relu", "must be one of"),
     ("loss.mismatch_label", "none", "must be one of"),
     ("eval.protocol", "test", "must be one of"),
+    ("eval.captions", "two", "must be one of"),
     ("model.patch_size", 0, "must be positive"),
     ("model.vision_width", -1, "must be positive"),
     ("model.vision_depth", 0, "must be positive"),
@@ -180,6 +183,7 @@ OUT_OF_RANGE = (
     ("synthetic.identities", (4, 0, 2), "must be positive"),
     ("seed", -1, "must be zero or more"),
     ("num_workers", -1, "must be zero or more"),
+    ("augment.pad", -1, "must be zero or more"),
     ("warmup_epochs", -1, "must be zero or more"),
     ("optim.weight_decay", -1e-5, "must be zero or more"),
     ("loss.margin", -0.1, "must be zero or more"),
@@ -191,14 +195,19 @@ OUT_OF_RANGE = (
     ("model.image_size", (0, 32), "must be positive (height, width)"),
     ("model.image_size", (384, 15), "leaves no patch of 16 pixels"),
     ("model.stride", 400, "leaves fewer than two patches"),
+    ("model.image_size", (16, 16), "leaves fewer than two patches"),
     ("model.vision_heads", 7, "must divide the width 768"),
     ("model.text_heads", 7, "must divide the width 512"),
-    ("model.text_length", 3, "must be at least 4"),
+    ("model.text_length", 3, "must be 4..248"),
+    ("model.text_length", 249, "must be 4..248"),
     ("model.vocab_size", 3, "must be at least 4"),
     ("local.dim", 7, "must be even"),
     ("batch_size", 255, "must be divisible by num_instances=2"),
     ("batch_size", 2, "must hold at least two identities"),
     ("num_epochs", 5, "must exceed warmup_epochs=5"),
+    ("last_epoch", 0, "must lie in 1..num_epochs=60"),
+    ("last_epoch", 61, "must lie in 1..num_epochs=60"),
+    ("train_on_all", True, "only icfg_pedes, jsonl may have no val of their own"),
     ("local.ratio", 0.0, "must lie in (0, 1]"),
     ("local.ratio_start", 1.1, "must lie in (0, 1]"),
     ("local.ratio_end", -0.5, "must lie in (0, 1]"),
@@ -227,8 +236,19 @@ def test_a_value_out_of_range_is_refused(key, value, message):
     assert f"config.{key}" in str(error.value) or key == "local.ratio"
 
 
+def test_training_on_all_identities_needs_a_fusion_weight_from_elsewhere():
+    settings = {"dataset": "icfg_pedes", "train_on_all": True}
+    with pytest.raises(config_lib.ConfigError, match="eval.alpha=None: must be given"):
+        config_lib.from_dict(settings)
+    assert config_lib.from_dict({**settings, "eval": {"alpha": 0.3}}).train_on_all
+    assert config_lib.from_dict({**settings, "local": {"enabled": False}}).train_on_all
+
+
 def test_bounds_themselves_are_allowed():
     for key, value in (
+        ("last_epoch", 1),
+        ("last_epoch", 60),
+        ("model.text_length", 248),
         ("eval.alpha", 0.0),
         ("eval.alpha", 1.0),
         ("local.mars_discard", 0.0),
@@ -287,3 +307,18 @@ def test_flatten_joins_names_with_dots():
 )
 def test_grid_counts_whole_patches(size, patch, stride, grid):
     assert config_lib.Model(image_size=size, patch_size=patch, stride=stride).grid == grid
+
+
+@pytest.mark.parametrize("name", ["synthetic", "cuhk", "icfg", "rstp"])
+def test_the_tiny_variant_is_small_for_every_config_and_combines(name):
+    path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = config_lib.from_dict(module.get_config("tiny,baseline"))
+    assert config.dataset == config_lib.from_dict(module.get_config()).dataset
+    assert not config.local.enabled
+    assert (config.model.vision_depth, config.model.text_depth, config.num_epochs) == (2, 2, 2)
+    assert (config.model.vision_width, config.model.vision_heads) == (64, 4)
+    overlapping = config_lib.from_dict(module.get_config("stride12,tiny"))
+    assert overlapping.model.stride == 12 and overlapping.model.vision_width == 64

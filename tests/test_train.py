@@ -58,45 +58,7 @@ def data(shared):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Equal settings share one `Training` and its compiled functions, here and in other tests."""
-
-    def canonical(config):
-        return dataclasses.replace(
-            config,
-            log_every=1,
-            data_root=None,
-            num_workers=0,
-            eval=config_lib.Eval(batch_size=config.eval.batch_size),
-            eval_datasets=(),
-            init_from=None,
-            seed=0,
-        )
-
-    make, compile_step, compile_encoders = step.make, train.compile_step, train.compile_encoders
-
-    def cached_make(config, *, num_identities, steps_per_epoch):
-        key = (canonical(config), num_identities, steps_per_epoch)
-        if key not in _MADE:
-            _MADE[key] = make(
-                config, num_identities=num_identities, steps_per_epoch=steps_per_epoch
-            )
-        return _MADE[key]
-
-    def cached(compile_it, kind):
-        def compiled(training, template, mesh):
-            key = (kind, id(training), mesh)
-            if key not in _MADE:
-                _MADE[key] = compile_it(training, template, mesh)
-            return _MADE[key]
-
-        return compiled
-
-    monkeypatch.setattr(step, "make", cached_make)
-    monkeypatch.setattr(train, "compile_step", cached(compile_step, "step"))
-    monkeypatch.setattr(train, "compile_encoders", cached(compile_encoders, "encoders"))
-
-
-_MADE: dict = {}
+    tiny.compile_once(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +165,7 @@ def test_the_best_epoch_and_the_last_two_checkpoints_are_kept(reference):
 
 def test_a_finished_run_says_so_and_stays_as_it_is(fast, reference, data, capsys, monkeypatch):
     before = contents(reference)
-    monkeypatch.setattr(train, "compile_step", None)  # it must not come that far
+    monkeypatch.setattr(step, "compile_step", None)  # it must not come that far
     tiny.run(tiny.settings(data), reference)
     assert "is finished (best epoch" in capsys.readouterr().out
     tiny.run(tiny.settings(data, log_every=5), reference)
@@ -446,7 +408,7 @@ def test_two_workers_feed_the_same_run_as_none(fast, reference, data, tmp_path):
 def test_a_diverged_run_names_step_and_pictures_and_keeps_the_last_good_state(
     fast, reference, data, tmp_path, monkeypatch
 ):
-    compile_step = train.compile_step
+    compile_step = step.compile_step
 
     def poisoned(training, template, mesh):
         compiled = compile_step(training, template, mesh)
@@ -465,7 +427,7 @@ def test_a_diverged_run_names_step_and_pictures_and_keeps_the_last_good_state(
     def poison(params):
         return jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), params)
 
-    monkeypatch.setattr(train, "compile_step", poisoned)
+    monkeypatch.setattr(step, "compile_step", poisoned)
     config, path = tiny.settings(data, log_every=4), tmp_path / "run"
     with pytest.raises(meter.NonFiniteLossError, match=r"Step 8: the loss is nan .*step-8\.json"):
         tiny.run(config, path)
@@ -476,7 +438,7 @@ def test_a_diverged_run_names_step_and_pictures_and_keeps_the_last_good_state(
     assert all(pathlib.Path(image).is_file() for image in written["images"])
     assert [p.name for p in (path / "checkpoints").iterdir()] == ["5"]
     assert max(line["step"] for line in tiny.metrics(path)) < 8
-    monkeypatch.setattr(train, "compile_step", compile_step)
+    monkeypatch.setattr(step, "compile_step", compile_step)
     tiny.run(config, path)  # the good state goes on
     assert tiny.results(path) == tiny.results(reference)
 
@@ -493,6 +455,7 @@ def stream_of(config):
         seed=config.seed,
         augment_image=config.augment.image,
         augment_caption=config.augment.text,
+        augment_pad=config.augment.pad,
     )
 
 
@@ -652,7 +615,7 @@ def test_dumped_embeddings_rank_to_the_reported_table(fast, data, copy):
         **{"image_global": (12, 32), "image_local": (12, 32), "image_ids": (12,)},
         "image_paths": (12,),
     }
-    split = records.read("synthetic", next(data.glob("synthetic-v*[0-9]")), "test")
+    split = train.read_split(config, "synthetic", "test", print)
     assert dumped.pop("image_paths").tolist() == list(split.image_paths)
     np.testing.assert_array_equal(dumped["text_ids"], split.caption_ids)
     rows = retrieval.rank(retrieval.Embeddings(**dumped))
@@ -670,22 +633,30 @@ def test_a_fixed_fusion_weight_is_used_and_reported(fast, data, tmp_path):
     assert {line["alpha"] for line in tiny.metrics(path) if "split" in line} == {0.55}
 
 
-def test_the_test_split_is_read_once_and_only_after_training(fast, data, tmp_path, monkeypatch):
+def test_the_test_split_is_encoded_once_and_only_after_training(fast, data, tmp_path, monkeypatch):
     events = []
-    read, record = records.read, meter.Meter.record
+    encode, record = train.encode_and_rank, meter.Meter.record
 
-    def reading(dataset, root, split):
-        events.append(split)
-        return read(dataset, root, split)
+    def encoding(this, variables, split):
+        events.append(split.split)
+        return encode(this, variables, split)
 
     def recording(self, metrics):
         events.append(self.step + 1)
         record(self, metrics)
 
-    monkeypatch.setattr(records, "read", reading)
+    monkeypatch.setattr(train, "encode_and_rank", encoding)
     monkeypatch.setattr(meter.Meter, "record", recording)
     tiny.run(tiny.settings(data), tmp_path / "run")
-    assert events == ["train", "val", *range(1, 17), "test"]
+    epochs = [[*range(1, 6), "val"], [*range(6, 12), "val"], [*range(12, 17), "val"]]
+    assert events == [*sum(epochs, []), "test"]
+
+
+def test_a_broken_test_set_is_noticed_before_training(fast, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "compile_step", None)  # it must not come that far
+    config = tiny.settings(data, eval_datasets=("rstp_reid",))
+    with pytest.raises(records.DataError, match="RSTPReid"):
+        tiny.run(config, tmp_path / "run")
 
 
 def plant_scores(monkeypatch, *scores):

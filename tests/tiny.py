@@ -4,6 +4,7 @@ Its 16 steps end their epochs at 5, 11 and 16. It imports no jax at the top: as 
 is read before flags are refused.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -165,6 +166,52 @@ def call(*arguments: object, cache: os.PathLike | None = None, **kwargs: object)
         timeout=300,
         **kwargs,
     )
+
+
+_MADE: dict = {}
+
+
+def compile_once(monkeypatch) -> None:
+    """Equal settings share one `Training` and its compiled functions, in all tests of a process."""
+    from itself_jax import step
+
+    def canonical(config):
+        return dataclasses.replace(
+            config,
+            dataset="synthetic",
+            data_root=None,
+            eval_datasets=(),
+            init_from=None,
+            eval=config_lib.Eval(batch_size=config.eval.batch_size),
+            last_epoch=None,
+            train_on_all=False,
+            log_every=1,
+            num_workers=0,
+            seed=0,
+        )
+
+    make, compile_step, compile_encoders = step.make, step.compile_step, step.compile_encoders
+
+    def cached_make(config, *, num_identities, steps_per_epoch):
+        key = (canonical(config), num_identities, steps_per_epoch)
+        if key not in _MADE:
+            _MADE[key] = make(
+                config, num_identities=num_identities, steps_per_epoch=steps_per_epoch
+            )
+        return _MADE[key]
+
+    def cached(compile_it, kind):
+        def compiled(training, template, mesh):
+            key = (kind, id(training), mesh)
+            if key not in _MADE:
+                _MADE[key] = compile_it(training, template, mesh)
+            return _MADE[key]
+
+        return compiled
+
+    monkeypatch.setattr(step, "make", cached_make)
+    monkeypatch.setattr(step, "compile_step", cached(compile_step, "step"))
+    monkeypatch.setattr(step, "compile_encoders", cached(compile_encoders, "encoders"))
 
 
 def shared(tmp_path_factory) -> pathlib.Path:

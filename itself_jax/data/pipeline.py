@@ -103,6 +103,7 @@ class TrainStream:
       seed: of sampler and augmentation, >= 0.
       augment_image: flip, shift and erase; False leaves pixels as decoded and no box to erase.
       augment_caption: mask, replace and delete words.
+      augment_pad: pixels that a picture may shift by, each way.
       num_workers: worker processes; 0 decodes in threads of this process. Workers are spawned, so
         a script needs `if __name__ == "__main__"` and parsed absl flags (`absl.app.run`).
       num_threads: batches being built at a time, in this process or in each worker.
@@ -127,6 +128,7 @@ class TrainStream:
         seed: int,
         augment_image: bool,
         augment_caption: bool,
+        augment_pad: int = 10,
         num_workers: int = 0,
         num_threads: int = 2,
         cache_bytes: int = 512 << 20,
@@ -164,6 +166,7 @@ class TrainStream:
             seed=seed,
             augment_image=augment_image,
             augment_caption=augment_caption,
+            augment_pad=augment_pad,
             rows=slice(host * batch_size // hosts, (host + 1) * batch_size // hosts),
             cache_bytes=0 if num_workers else cache_bytes,
         )
@@ -237,6 +240,9 @@ class TrainStream:
                 f"{', ...' if names[10:] else ''}; restore them or remove their records from the "
                 "annotation file."
             )
+        if self._num_workers:
+            # Their arrays lie in shared memory, which Grain cannot free at the process's end.
+            return batch_lib.Batch(*(np.array(value) for value in element.batch))
         return element.batch
 
     def _checked(self, step: int) -> int:
@@ -267,6 +273,7 @@ class _BatchSource:
         seed: int,
         augment_image: bool,
         augment_caption: bool,
+        augment_pad: int,
         rows: slice,
         cache_bytes: int,
     ):
@@ -278,6 +285,7 @@ class _BatchSource:
         self._seed = seed
         self._augment_image = augment_image
         self._augment_caption = augment_caption
+        self._augment_pad = augment_pad
         self._rows = rows  # of the global batch
         self._errors: dict[int, str] = {}  # by image index; an unreadable file is read once
         shape = (len(split.images), *image_size, 3)
@@ -306,7 +314,7 @@ class _BatchSource:
             image, used = self._picture(wanted, first + row, unreadable)
             replaced += used != wanted
             if self._augment_image:
-                image, erase[row] = transforms.augment_image(rng, image)
+                image, erase[row] = transforms.augment_image(rng, image, pad=self._augment_pad)
             pixels[row] = image
             if self._augment_caption:
                 captions[row] = transforms.augment_caption(rng, captions[row])

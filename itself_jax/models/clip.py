@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from itself_jax.models import transformer
 
+# Text positions that stay as they are when the others are stretched.
+KEPT_POSITIONS = 20
+
 
 class TowerOutput(NamedTuple):
     """What an encoder returns.
@@ -59,6 +62,29 @@ def resize_position_embedding(
         precision=jax.lax.Precision.HIGHEST,
     )
     return jnp.concatenate([embedding[:1], resized.reshape(-1, square.shape[-1])])
+
+
+def resize_text_positions(embedding: Float[Array, "t d"], length: int) -> Float[Array, "u d"]:
+    """Positions for captions of another length than the weights were trained with.
+
+    Shorter: cut. Longer: the first 20 rows, which nearly every caption has trained, stay; the tail
+    is stretched by linear interpolation (half-pixel centres), an idea of Long-CLIP.
+
+    Raises:
+      ValueError: there is no tail to stretch.
+    """
+    t = embedding.shape[0]
+    if length <= t:
+        return embedding[:length]
+    if t <= KEPT_POSITIONS:
+        raise ValueError(f"{t} text positions have no tail behind {KEPT_POSITIONS} to stretch")
+    tail = jax.image.resize(
+        embedding[KEPT_POSITIONS:],
+        (length - KEPT_POSITIONS, embedding.shape[1]),
+        "linear",
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jnp.concatenate([embedding[:KEPT_POSITIONS], tail])
 
 
 class ImageEncoder(nn.Module):
