@@ -147,7 +147,7 @@ def _write(
                 f"cannot write to --root={root} ({error.strerror or error}); name a writable "
                 "folder with --out",
             ) from error
-        return _write_atomically(epath.Path.cwd(), text)
+        return _write_atomically(epath.Path(os.getcwd()), text)
 
 
 def _write_atomically(folder: epath.Path, text: str) -> epath.Path:

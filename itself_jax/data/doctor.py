@@ -139,7 +139,7 @@ def examine(
         located = folders.locate(epath.Path(corpus.image_folder), paths)
     absent = {*located.missing, *located.outside}
     there = [index for index in range(len(corpus.records)) if index not in absent]
-    pictures = _look_at_all(corpus.images, there, num_threads, log)
+    pictures = _look_at_all(corpus, there, num_threads, log)
     return Report(
         dataset=corpus.dataset,
         source=corpus.source,
@@ -229,7 +229,7 @@ def _splits(corpus: records.Corpus, assigned: Sequence[str]) -> Check:
 class _Picture(NamedTuple):
     """What one reading of a picture's bytes tells."""
 
-    digest: bytes  # of the content; b"" when there is none
+    digest: bytes = b""  # of the content; b"" when there is none
     problem: str = ""  # why it cannot be read, in two words, and ...
     message: str = ""  # ... in one sentence
     size: tuple[int, int] = (0, 0)  # (H, W)
@@ -239,7 +239,7 @@ class _Picture(NamedTuple):
 
 
 def _look_at_all(
-    pictures: images.Images,
+    corpus: records.Corpus,
     indices: Sequence[int],
     num_threads: int | None,
     log: Callable[[str], None],
@@ -251,7 +251,7 @@ def _look_at_all(
     log(f"Reading {len(indices)} pictures ...")
     seen = {}
     looked = images.ahead(
-        lambda chunk: [(index, _look_at(pictures, index)) for index in chunk],
+        lambda chunk: [(index, _look_at(corpus, index)) for index in chunk],
         chunks,
         depth=4 * num_threads,
         num_threads=num_threads,
@@ -264,48 +264,56 @@ def _look_at_all(
     return seen
 
 
-def _look_at(pictures: images.Images, index: int) -> _Picture:
-    name = pictures.name(index)
+def _look_at(corpus: records.Corpus, index: int) -> _Picture:
+    name = corpus.images.name(index)
     try:
-        content = pictures.content(index)
+        content = corpus.images.content(index)
     except records.DataError as error:
         return _Picture(b"", "unreadable", str(error))
     if not content:
         return _Picture(b"", "empty", f"{name} is an empty file.")
     digest = hashlib.sha256(content).digest()
     try:
-        looks = _look_at_header(content, digest)
+        looks = _look_at_header(content)._replace(digest=digest)
+    except Exception as error:  # damaged headers raise errors of many kinds
+        looks = _Picture(digest, "damaged", f"{name} has a damaged header ({error}).", size=(1, 1))
+    try:
         # The very function that training calls, so that both agree on what can be read.
         images.decode(content, name, looks.size)
         return looks
-    except Exception as error:  # damaged headers raise errors of many kinds
-        reason = error.__cause__ or error
-        return _Picture(digest, _problem(reason), str(error))
+    except records.DataError as error:
+        return _Picture(digest, _problem(error.__cause__), str(error))
 
 
-def _look_at_header(content: bytes, digest: bytes) -> _Picture:
+def _look_at_header(content: bytes) -> _Picture:
     if content[:2] == b"\xff\xd8" and b"Exif\0\0" not in content[:65536]:
         try:  # 20 times faster than PIL, and without the interpreter's lock
             height, width, colors, _ = simplejpeg.decode_jpeg_header(content)
             mode = {"Gray": "L", "CMYK": "CMYK", "YCCK": "CMYK"}.get(colors, "RGB")
-            return _Picture(digest, size=(height, width), mode=mode)
+            return _Picture(size=(height, width), mode=mode)
         except ValueError:
             pass  # PIL may know it
     with Image.open(io.BytesIO(content)) as image:
         return _Picture(
-            digest,
             size=(image.height, image.width),
             mode=image.mode,
-            rotated=image.getexif().get(ExifTags.Base.Orientation, 1) != 1,
+            rotated=_orientation(image) != 1,
             animated=getattr(image, "is_animated", False),
         )
 
 
-def _problem(reason: BaseException) -> str:
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged entry, in a picture that may be fine
+        return 1
+
+
+def _problem(reason: BaseException | None) -> str:
     text = str(reason).casefold()
     if isinstance(reason, Image.DecompressionBombError):
         return "too large"
-    if isinstance(reason, Image.UnidentifiedImageError) or "fits no image format" in text:
+    if "fits no image format" in text:
         return "no image"
     if "premature end" in text or "truncated" in text:
         return "truncated"

@@ -1,45 +1,47 @@
-"""Reading a benchmark: order, labels, and one clear sentence for every kind of bad input."""
+"""From records to one split's arrays: order, labels, drawn splits, and what is refused."""
 
-import json
 import logging
 import pathlib
+import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from itself_jax.data import records
-
-
-def _record(identity, path, captions=("a man",), split="train"):
-    return {"id": identity, "img_path": path, "captions": list(captions), "split": split}
+from itself_jax.data import images, records
 
 
-def _write(folder, content, *, images=True):
-    folder.mkdir(parents=True, exist_ok=True)
-    text = content if isinstance(content, str) else json.dumps(content)
-    (folder / "data_captions.json").write_text(text, encoding="utf-8")
-    (folder / "imgs").mkdir(exist_ok=True)
-    if images and isinstance(content, list):
-        for record in content:
-            path = folder / "imgs" / record["img_path"]
-            path.parent.mkdir(exist_ok=True)
-            Image.new("RGB", (2, 4)).save(path)
-    return folder
+def _corpus(rows, dataset="synthetic"):
+    """Rows are (identity, image, captions, split)."""
+    found = tuple(
+        records.Record(image, identity, tuple(captions), split)
+        for identity, image, captions, split in rows
+    )
+    pictures = images.ImageFiles("/nowhere", [record.image for record in found])
+    return records.Corpus(dataset, "FILE", found, pictures)
 
 
-RECORDS = [
-    _record(30, "c.png", ["caption 0", "caption 1"]),
-    _record(7, "sub/a.png", ["caption 2"]),
-    _record(50, "t.png", ["test caption"], split="test"),
-    _record(30, "b.png", ["caption 3", "caption 3"]),
+def _people(counts, dataset, captions=("a man",)):
+    """A corpus of numbered identities with two pictures each; `counts` by split."""
+    rows = []
+    for split, count in counts.items():
+        for _ in range(count):
+            number = len(rows) // 2
+            rows += [(str(number), f"{number}-{view}.jpg", captions, split) for view in range(2)]
+    return _corpus(rows, dataset)
+
+
+ROWS = [
+    ("30", "c.png", ["caption 0", "caption 1"], "train"),
+    ("7", "sub/a.png", ["caption 2"], "train"),
+    ("50", "t.png", ["test caption"], "test"),
+    ("30", "b.png", ["caption 3", "caption 3"], "train"),
 ]
 
 
-def test_train_split_in_annotation_order_with_labels(tmp_path):
-    split = records.read("synthetic", _write(tmp_path, RECORDS), "train")
+def test_train_split_in_annotation_order_with_labels():
+    split = records.select(_corpus(ROWS), "train")
     assert split.image_paths == ("c.png", "sub/a.png", "b.png")
     assert split.captions == ("caption 0", "caption 1", "caption 2", "caption 3", "caption 3")
     # Sorted original ids 7, 30 get labels 0, 1.
@@ -49,155 +51,182 @@ def test_train_split_in_annotation_order_with_labels(tmp_path):
     np.testing.assert_array_equal(split.caption_images, [0, 0, 1, 2, 2])
     for array in (split.image_ids, split.caption_ids, split.caption_images):
         assert array.dtype == np.int32
-    assert (split.image_root / split.image_paths[1]).is_file()
     assert (split.dataset, split.split) == ("synthetic", "train")
 
 
-def test_test_split_keeps_original_ids(tmp_path):
-    split = records.read("synthetic", _write(tmp_path, RECORDS), "test")
+def test_pictures_are_those_of_the_split_in_its_order():
+    split = records.select(_corpus(ROWS), "train")
+    names = [split.images.name(index) for index in range(len(split.images))]
+    assert names == ["/nowhere/c.png", "/nowhere/sub/a.png", "/nowhere/b.png"]
+
+
+def test_test_split_keeps_original_ids():
+    split = records.select(_corpus(ROWS), "test")
     np.testing.assert_array_equal(split.image_ids, [50])
     np.testing.assert_array_equal(split.caption_ids, [50])
-    assert split.num_identities == 1
+    assert split.original_ids == (50,) and split.num_identities == 1
 
 
-def test_rstp_reid_lies_in_its_own_folder(tmp_path):
-    _write(tmp_path / "RSTPReid", RECORDS)
-    assert records.read("rstp_reid", tmp_path, "train").image_paths[0] == "c.png"
-    assert records.read("rstp_reid", str(tmp_path), "test").dataset == "rstp_reid"
+def test_a_split_can_be_sent_to_a_worker_process():
+    split = pickle.loads(pickle.dumps(records.select(_corpus(ROWS), "train")))
+    assert split.images.name(2) == "/nowhere/b.png"
+    np.testing.assert_array_equal(split.caption_images, [0, 0, 1, 2, 2])
 
 
-def test_captions_may_be_one_text(tmp_path):
-    content = [dict(_record(1, "a.png"), captions="one text")]
-    split = records.read("synthetic", _write(tmp_path, content), "train")
-    assert split.captions == ("one text",)
+def test_single_caption_keeps_the_first_of_every_picture():
+    split = records.select(_corpus(ROWS), "train").single_caption()
+    assert split.captions == ("caption 0", "caption 2", "caption 3")
+    np.testing.assert_array_equal(split.caption_ids, [1, 0, 1])
+    np.testing.assert_array_equal(split.caption_images, [0, 1, 2])
+    assert split.image_paths == ("c.png", "sub/a.png", "b.png")
 
 
-def test_odd_captions_go_on_with_one_counted_line(tmp_path, caplog):
-    captions = [
-        "",
-        "  ",
-        "...",
-        "\N{SLIGHTLY SMILING FACE}",
-        "jekyll <|mask|>",
-        "a\x00b",
-        "x " * 500,
+def test_text_ids_are_numbered_by_split():
+    rows = [
+        ("zoe", "z.png", ["x"], "train"),
+        ("adam", "a.png", ["x"], "train"),
+        ("zoe", "y.png", ["x"], "train"),
+        ("mia", "m.png", ["x"], "test"),
+        ("lea", "l.png", ["x"], "test"),
     ]
-    content = [_record(1, "a.png", captions), _record(2, "b.png", ["a man"])]
-    with caplog.at_level(logging.WARNING, logger="itself_jax"):
-        split = records.read("synthetic", _write(tmp_path, content), "train")
-    assert split.captions[:7] == tuple(captions)
-    assert [record.getMessage() for record in caplog.records] == [
-        "synthetic train has 2 empty captions, 2 captions without a word, "
-        "1 captions of more than 100 words (cut at text_length), "
-        "2 captions with control characters or CLIP's special tokens, "
-        "1 identities with one pair (drawn repeatedly); going on."
-    ]
-
-
-def test_good_data_logs_nothing(tmp_path, caplog):
-    content = [_record(1, "a.png", ["a man", "his bag"])]
-    records.read("synthetic", _write(tmp_path, content), "train")
-    assert not caplog.records
-
-
-def _without(field):
-    record = _record(1, "b.png")
-    del record[field]
-    return record
+    train = records.select(_corpus(rows), "train")
+    assert train.original_ids == ("adam", "zoe")
+    np.testing.assert_array_equal(train.image_ids, [1, 0, 1])
+    test = records.select(_corpus(rows), "test")
+    assert test.original_ids == ("lea", "mia")
+    np.testing.assert_array_equal(test.caption_ids, [1, 0])
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("ids", "numeric"),
     [
-        ('[{"id": 1,\n "img_path" 2}]', r"not valid JSON: Expecting ':' .* line 2, column 13"),
-        ("", r"not valid JSON: Expecting value at line 1, column 1"),
-        ('{"train": []}', r"must hold a list of records, but its top level is an object"),
-        ("[[]]", r"record 0 must be an object, but is an empty list"),
-        ("[]", r"no record has split='train' \(records by split: none\)"),
-        (
-            [_record(1, "a.png", split="test")],
-            r"no record has split='train' \(records by split: test 1\)",
-        ),
-        *(
-            ([_record(1, "a.png"), _without(field)], rf"record 1 lacks the field '{field}' \(it")
-            for field in ("id", "img_path", "captions", "split")
-        ),
-        ([_record("7", "a.png")], r"record 0: field 'id' must be an integer, but is '7'"),
-        ([_record(True, "a.png")], r"field 'id' must be an integer, but is True"),
-        ([_record(1.5, "a.png")], r"field 'id' must be an integer, but is 1\.5"),
-        ([_record(2**31, "a.png")], r"field 'id' is 2147483648, which does not fit 32 bits"),
-        ([_record(1, "")], r"field 'img_path' must be the image's path as text, but is ''"),
-        ([_record(1, None)], r"field 'img_path' must be .* but is null"),
-        ([_record(1, "/etc/a.png")], r"'img_path' is '/etc/a\.png'; paths must be relative"),
-        ([_record(1, "../a.png")], r"'img_path' is '\.\./a\.png'; .* must not contain '\.\.'"),
-        ([_record(1, "a.png", [])], r"'captions' must be a text or a list .* but is an empty list"),
-        ([dict(_record(1, "a.png"), captions=3)], r"'captions' must be a text .* but is 3"),
-        ([_record(1, "a.png", ["x", None])], r"'captions' must contain only text, but has null"),
-        ([_record(1, "a.png", split="dev")], r"field 'split' is 'dev'; it must be one of train"),
-        ([dict(_record(1, "a.png"), split=[])], r"field 'split' is \[\]; it must be one of"),
+        (("0010", "9"), {"0010": 10, "9": 9}),
+        (("-1", "0"), {"-1": -1, "0": 0}),
+        (("7", "007"), None),  # as numbers they would be one identity
+        (("7", "8a"), None),
+        (("1", "2147483648"), None),
+        (("1", "\N{ARABIC-INDIC DIGIT ONE}"), None),
     ],
 )
-def test_malformed_annotation_is_named(tmp_path, content, message):
-    folder = _write(tmp_path, content, images=False)
-    with pytest.raises(records.DataError, match=message) as error:
-        records.read("synthetic", folder, "train")
-    assert str(folder / "data_captions.json") in str(error.value)
+def test_ids_are_numbers_only_if_all_are_and_stay_distinct(ids, numeric):
+    corpus = _corpus([(identity, f"{identity}.png", ["x"], "train") for identity in ids])
+    assert records.numbers(corpus.records) == numeric
 
 
-def test_missing_annotation_says_what_to_do(tmp_path):
-    with pytest.raises(
-        records.DataError, match=r"RSTPReid/data_captions\.json does not exist.*data_root"
-    ):
-        records.read("rstp_reid", tmp_path, "train")
+def test_numbers_are_sorted_as_numbers_even_if_padded():
+    corpus = _corpus([(i, f"{i}.png", ["x"], "train") for i in ("0010", "9", "100")])
+    assert records.select(corpus, "train").original_ids == (9, 10, 100)
 
 
-def test_annotation_that_is_no_text_is_named(tmp_path):
-    (tmp_path / "data_captions.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(records.DataError, match=r"data_captions\.json cannot be read as UTF-8"):
-        records.read("synthetic", tmp_path, "train")
+def test_icfg_holds_out_a_tenth_of_its_train_identities(caplog):
+    corpus = _people({"train": 3102, "test": 3}, "icfg_pedes")
+    with caplog.at_level(logging.WARNING, logger="itself_jax"):
+        train = records.select(corpus, "train")
+        val = records.select(corpus, "val")
+        test = records.select(corpus, "test")
+    assert (train.num_identities, val.num_identities) == (2792, 310)
+    drawn = np.random.default_rng(0).choice(3102, 310, replace=False)
+    assert val.original_ids == tuple(sorted(drawn.tolist()))
+    assert not set(train.original_ids) & set(val.original_ids)
+    assert test.original_ids == (3102, 3103, 3104)
+    assert train.image_ids.max() == 2791 and val.image_ids.max() < 3102
+    reason = (
+        "FILE has no val split, so 310 of its 3102 train identities, drawn with seed 0, are val"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"icfg_pedes train: {reason}.",
+        f"icfg_pedes val: {reason}.",
+    ]
 
 
-def test_missing_images_are_counted_and_the_first_named(tmp_path):
-    content = [_record(1, f"{n}.png") for n in range(4)] + [_record(1, "no/such.png")]
-    _write(tmp_path, content, images=False)
-    Image.new("RGB", (2, 2)).save(tmp_path / "imgs" / "1.png")
+def test_the_held_out_identities_do_not_depend_on_the_order_of_the_file():
+    corpus = _people({"train": 40, "test": 3}, "icfg_pedes")
+    turned = corpus._replace(records=corpus.records[::-1])
+    assert records.select(corpus, "val").original_ids == records.select(turned, "val").original_ids
+
+
+def test_train_on_all_keeps_the_same_val_and_says_so(caplog):
+    corpus = _people({"train": 40, "test": 3}, "icfg_pedes")
+    val = records.select(corpus, "val")
+    with caplog.at_level(logging.WARNING, logger="itself_jax"):
+        train = records.select(corpus, "train", train_on_all=True)
+    assert train.original_ids == tuple(range(40))
+    assert records.select(corpus, "val", train_on_all=True).original_ids == val.original_ids
+    assert "trained on too (train_on_all), so figures on val are not unseen" in caplog.text
+
+
+def test_train_on_all_leaves_a_val_of_the_file_alone():
+    corpus = _people({"train": 5, "val": 2, "test": 3}, "icfg_pedes")
+    assert records.select(corpus, "train", train_on_all=True).original_ids == (0, 1, 2, 3, 4)
+    assert records.select(corpus, "val").original_ids == (5, 6)
+
+
+def test_own_data_without_splits_is_drawn_by_identity_and_says_so(caplog):
+    corpus = _people({"": 57}, "jsonl")
+    with caplog.at_level(logging.WARNING, logger="itself_jax"):
+        splits = [set(records.select(corpus, name).original_ids) for name in records.SPLITS]
+    assert [len(found) for found in splits] == [47, 5, 5]
+    assert set.union(*splits) == set(range(57))
+    said = "has no splits, so its identities were drawn with seed 0 (train 47, val 5, test 5)"
+    assert [said in record.getMessage() for record in caplog.records] == [True] * 3
+
+
+def test_three_identities_are_enough_for_three_splits():
+    corpus = _people({"": 3}, "jsonl")
+    assert [records.select(corpus, name).num_identities for name in records.SPLITS] == [1, 1, 1]
+
+
+def test_own_data_without_val_holds_out_train_identities():
+    corpus = _people({"train": 20, "test": 4}, "jsonl")
+    assert records.select(corpus, "val").num_identities == 2
+    assert records.select(corpus, "test").num_identities == 4
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"": 2}, "FILE has 2 identities and no split: at least 3 are needed to draw one"),
+        ({"train": 1, "test": 1}, "FILE has 1 train identities and no val split: at least 2 are"),
+    ],
+)
+def test_too_few_identities_to_draw_from_are_counted(counts, message):
+    with pytest.raises(records.DataError, match=message):
+        records.select(_people(counts, "jsonl"), "train")
+
+
+def test_a_benchmark_with_a_published_val_is_never_drawn():
     with pytest.raises(
         records.DataError,
-        match=r"4 of 5 images of split 'train' do not exist .*imgs: '0\.png', '2\.png', '3\.png', "
-        r"\.\.\.; complete",
+        match=r"FILE: no record has split='val' \(records by split: test 4, train 10\); choose",
     ):
-        records.read("synthetic", tmp_path, "train")
+        records.select(_people({"train": 5, "test": 2}, "cuhk_pedes"), "val")
 
 
-def test_image_path_with_nul_is_a_missing_image(tmp_path):
-    _write(tmp_path, [_record(1, "a\x00/b.png")], images=False)
-    with pytest.raises(records.DataError, match=r"1 of 1 images .* do not exist"):
-        records.read("synthetic", tmp_path, "train")
-
-
-def test_only_the_asked_split_needs_its_images(tmp_path):
-    _write(tmp_path, [_record(1, "gone.png", split="test")], images=False)
-    content = [_record(1, "a.png")]
-    _write(tmp_path, content)
-    content.append(_record(2, "gone.png", split="test"))
-    _write(tmp_path, content, images=False)
-    assert records.read("synthetic", tmp_path, "train").image_paths == ("a.png",)
-
-
-@pytest.mark.parametrize("dataset", ["cuhk_pedes", "icfg_pedes", "jsonl"])
-def test_datasets_without_a_reader_say_so(tmp_path, dataset):
-    with pytest.raises(records.DataError, match=rf"dataset='{dataset}' cannot be read yet"):
-        records.read(dataset, tmp_path, "train")
-
-
-def test_unknown_dataset_and_split_are_named(tmp_path):
-    with pytest.raises(records.DataError, match="dataset='rstp' is not known; use one of"):
-        records.read("rstp", tmp_path, "train")
+def test_empty_corpus_and_unknown_split_are_named():
+    with pytest.raises(records.DataError, match=r"no record has split='train' .*split: none\)"):
+        records.select(_corpus([]), "train")
     with pytest.raises(records.DataError, match="split='dev' is not known; use one of train"):
-        records.read("synthetic", tmp_path, "dev")
+        records.select(_corpus(ROWS), "dev")
 
 
-@pytest.mark.parametrize("module", ["records", "tokenizer", "transforms"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/etc/a.png", "../a.png", "a/../../b.png", "C:\\a.png", "\\a.png", "a\\..\\..\\b.png"),
+        *("gs://bucket/a.png", "file:///etc/passwd"),
+    ],
+)
+def test_a_path_that_leaves_the_image_folder_is_refused(path):
+    with pytest.raises(records.DataError, match=r"^X is .*; paths must be relative .*'\.\.'"):
+        records.check_image_path(path, "X")
+
+
+@pytest.mark.parametrize("path", ["a b.png", "\N{LATIN SMALL LETTER E WITH ACUTE}/..x.png", "a\\b"])
+def test_spaces_and_letters_of_any_kind_are_fine_in_a_path(path):
+    assert records.check_image_path(path, "X") == path
+
+
+@pytest.mark.parametrize("module", ["records", "tokenizer", "transforms", "benchmarks", "doctor"])
 def test_module_imports_without_grain(module):
     block = "import sys; sys.modules['grain'] = sys.modules['jax'] = None; "
     command = [sys.executable, "-c", block + f"import itself_jax.data.{module}"]
