@@ -18,7 +18,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from itself_jax.data import images, packed, records
+from itself_jax.data import images, packed, packing, records
 
 SIZE = (24, 16)
 FORMS = pytest.mark.parametrize("resize", [None, SIZE], ids=["original", "resized"])
@@ -52,7 +52,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(packed, "_RECORDS_PER_SHARD", 5)
+    monkeypatch.setattr(packing, "_RECORDS_PER_SHARD", 5)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def finished(corpus, tmp_path_factory):
     """One packed set of each form, not to be altered."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "_RECORDS_PER_SHARD", 5)
+        patch.setattr(packing, "_RECORDS_PER_SHARD", 5)
         for resize in (None, SIZE):
-            packed.pack(corpus, out, resize=resize, log=_quiet)
+            packing.pack(corpus, out, resize=resize, log=_quiet)
     return out
 
 
@@ -132,7 +132,7 @@ def test_original_bytes_come_back_and_decode_at_any_size(corpus, finished):
 @FORMS
 def test_packing_from_the_packed_form_is_the_same(corpus, finished, resize, tmp_path):
     original = packed.read(_folder(finished, None), "cuhk_pedes")
-    packed.pack(original, tmp_path, resize=resize, log=_quiet)
+    packing.pack(original, tmp_path, resize=resize, log=_quiet)
     _same(corpus, packed.read(_folder(tmp_path, resize), "cuhk_pedes"))
 
 
@@ -181,7 +181,7 @@ def test_it_is_a_tfds_data_set(corpus, finished, resize):
 
 
 def test_tfds_s_own_writer_makes_the_same_examples(corpus, finished, tmp_path, capsys):
-    builder = packed.Packed(corpus, SIZE, data_dir=str(tmp_path))
+    builder = packing.Packed(corpus, SIZE, data_dir=str(tmp_path))
     builder.download_and_prepare()
     ours = tfds.builder_from_directory(_folder(finished, SIZE)).as_data_source()
     for split, source in builder.as_data_source().items():
@@ -196,7 +196,7 @@ def test_a_set_without_splits_and_with_half_a_character(corpus, tmp_path):
         records.Record(row.image, row.identity, ("half \ud83d", ""), "") for row in corpus.records
     )
     corpus = corpus._replace(records=rows)
-    packed.pack(corpus, tmp_path, log=_quiet)
+    packing.pack(corpus, tmp_path, log=_quiet)
     _same(corpus, packed.read(_folder(tmp_path, None), "cuhk_pedes"))
     source = tfds.builder_from_directory(_folder(tmp_path, None)).as_data_source("unsplit")
     assert source[0]["captions"] == [b"half ?", b""] and source[0]["split"] == b""
@@ -363,7 +363,7 @@ def test_damaged_footer_names_the_file(corpus, altered):
 
 
 def test_record_that_is_no_example_is_an_error_and_never_pixels(corpus):
-    builder = packed.Packed(corpus, SIZE, data_dir="unused")
+    builder = packing.Packed(corpus, SIZE, data_dir="unused")
     (record,) = builder.serialized([0])
     pixels = corpus.images.load(0, SIZE).tobytes()
     assert record[packed._find_bytes(record, b"image")] == pixels
@@ -394,17 +394,17 @@ def test_interrupted_packing_goes_on_after_its_finished_files(
     # Three files of four test pictures (29 is in the last one), then three of train pictures.
     stopped = Watched(corpus.images, fail_at)
     with pytest.raises(KeyboardInterrupt):
-        packed.pack(corpus._replace(images=stopped), tmp_path, resize=resize, log=_quiet)
+        packing.pack(corpus._replace(images=stopped), tmp_path, resize=resize, log=_quiet)
     assert packed.find(tmp_path, "cuhk_pedes", resize) is None
-    work = tmp_path / "packed" / f"cuhk_pedes-{packed._form(resize)}" / ".1.0.0.incomplete"
+    work = tmp_path / "packed" / f"cuhk_pedes-{packed.form_of(resize)}" / ".1.0.0.incomplete"
     assert not list(work.glob(".*.part"))
     assert len(list(work.glob("packed-*"))) == kept
     again, lines = Watched(corpus.images), []
-    folder = packed.pack(corpus._replace(images=again), tmp_path, resize=resize, log=lines.append)
+    folder = packing.pack(corpus._replace(images=again), tmp_path, resize=resize, log=lines.append)
     packed.verify(folder)
     _same(corpus, packed.read(folder, "cuhk_pedes"))
-    order = packed._order(corpus.records)
-    sizes = [shard.records for shard in packed._plan(corpus)]
+    order = packed.file_order(corpus.records)
+    sizes = [shard.records for shard in packing._plan(corpus)]
     assert sorted(again.read) == sorted(order[sum(sizes[:kept]) :])
     assert set(again.read.values()) == {1}
     assert any("going on after" in line for line in lines) == (kept > 0)
@@ -414,21 +414,23 @@ def test_interrupted_packing_goes_on_after_its_finished_files(
 def test_killed_packer_leaves_no_lock_and_its_finished_files(corpus, tmp_path):
     code = f"""
         import os, pickle, sys
-        from itself_jax.data import packed
-        packed._RECORDS_PER_SHARD = 5
+        from itself_jax.data import packing
+        packing._RECORDS_PER_SHARD = 5
         corpus = pickle.loads(open({str(tmp_path / "corpus")!r}, "rb").read())
         class Pictures:
             def content(self, index):
                 if index == 28:
                     os.kill(os.getpid(), 9)
-                return corpus.images.content(index)
-        packed.pack(corpus._replace(images=Pictures()), {str(tmp_path)!r}, log=print, num_threads=1)
+                return inner.content(index)
+        inner = corpus.images
+        corpus = corpus._replace(images=Pictures())
+        packing.pack(corpus, {str(tmp_path)!r}, log=print, num_threads=1)
     """
     (tmp_path / "corpus").write_bytes(pickle.dumps(corpus))
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60)
     assert killed.returncode == -9 and packed.find(tmp_path, "cuhk_pedes", None) is None
     again = Watched(corpus.images)
-    folder = packed.pack(corpus._replace(images=again), tmp_path, log=_quiet)
+    folder = packing.pack(corpus._replace(images=again), tmp_path, log=_quiet)
     packed.verify(folder)
     _same(corpus, packed.read(folder, "cuhk_pedes"))
     assert 0 < len(again.read) < 30
@@ -437,22 +439,22 @@ def test_killed_packer_leaves_no_lock_and_its_finished_files(corpus, tmp_path):
 def test_finished_file_that_was_cut_is_written_again(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped = corpus._replace(images=Watched(corpus.images, 29))
-        packed.pack(stopped, tmp_path, log=_quiet)
+        packing.pack(stopped, tmp_path, log=_quiet)
     work = tmp_path / "packed/cuhk_pedes-original/.1.0.0.incomplete"
     path = min(work.glob("packed-*"))
     path.write_bytes(path.read_bytes()[:-1])
-    packed.verify(packed.pack(corpus, tmp_path, log=_quiet))
+    packed.verify(packing.pack(corpus, tmp_path, log=_quiet))
 
 
 def test_other_annotations_keep_nothing_of_an_interrupted_packing(corpus, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped = corpus._replace(images=Watched(corpus.images, 29))
-        packed.pack(stopped, tmp_path, log=_quiet)
+        packing.pack(stopped, tmp_path, log=_quiet)
     rows = (corpus.records[1], corpus.records[0], *corpus.records[2:])
     order = [1, 0, *range(2, 30)]
     watched = Watched(corpus.images.subset(order))
     other = corpus._replace(records=rows, images=watched)
-    folder = packed.pack(other, tmp_path, log=_quiet)
+    folder = packing.pack(other, tmp_path, log=_quiet)
     assert len(watched.read) == 30
     packed.verify(folder)
     _same(other, packed.read(folder, "cuhk_pedes"))
@@ -461,11 +463,11 @@ def test_other_annotations_keep_nothing_of_an_interrupted_packing(corpus, tmp_pa
 def test_finished_set_is_left_alone_or_replaced_when_annotations_change(corpus, altered):
     lines, watched = [], Watched(corpus.images)
     before = _folder(altered, SIZE).stat().st_mtime_ns
-    packed.pack(corpus._replace(images=watched), altered, resize=SIZE, log=lines.append)
+    packing.pack(corpus._replace(images=watched), altered, resize=SIZE, log=lines.append)
     assert not watched.read and "is packed already" in lines[0]
     assert _folder(altered, SIZE).stat().st_mtime_ns == before
     other = corpus._replace(records=corpus.records[:9], images=corpus.images.subset(range(9)))
-    packed.pack(other, altered, resize=SIZE, log=lines.append)
+    packing.pack(other, altered, resize=SIZE, log=lines.append)
     assert "holds other annotations; packing anew" in lines[1]
     packed.verify(_folder(altered, SIZE))
     _same(other, packed.read(_folder(altered, SIZE), "cuhk_pedes"))
@@ -473,14 +475,14 @@ def test_finished_set_is_left_alone_or_replaced_when_annotations_change(corpus, 
 
 def _full_disk(monkeypatch, after):
     """ArrayRecord files from number `after` on are written to a device that is always full."""
-    real = packed.array_record_module.ArrayRecordWriter
+    real = packing.array_record_module.ArrayRecordWriter
     opened = []
 
     def writer(path, options):
         opened.append(path)
         return real(path if len(opened) <= after else "/dev/full", options)
 
-    monkeypatch.setattr(packed.array_record_module, "ArrayRecordWriter", writer)
+    monkeypatch.setattr(packing.array_record_module, "ArrayRecordWriter", writer)
 
 
 @FORMS
@@ -494,13 +496,13 @@ def test_full_disk_is_said_and_leaves_nothing_that_looks_finished(
             match=r"packed-test\.array_record-00002-of-00003 cannot be written \(.*No space left "
             r"on device.*\); make room .*finished files are kept",
         ):
-            packed.pack(corpus, tmp_path, resize=resize, log=_quiet)
+            packing.pack(corpus, tmp_path, resize=resize, log=_quiet)
     assert packed.find(tmp_path, "cuhk_pedes", resize) is None
-    work = tmp_path / "packed" / f"cuhk_pedes-{packed._form(resize)}" / ".1.0.0.incomplete"
+    work = tmp_path / "packed" / f"cuhk_pedes-{packed.form_of(resize)}" / ".1.0.0.incomplete"
     names = sorted(path.name for path in work.iterdir())
     assert len(names) == 3 and names[0].startswith("packed-") and names[-1] == "progress.json"
     lines = []
-    packed.verify(packed.pack(corpus, tmp_path, resize=resize, log=lines.append))
+    packed.verify(packing.pack(corpus, tmp_path, resize=resize, log=lines.append))
     assert "going on after" in lines[0]
 
 
@@ -509,27 +511,27 @@ def test_disk_full_at_the_manifest_leaves_the_set_unfinished(corpus, tmp_path, m
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packed, "_write_manifest", full)
+        patch.setattr(packing, "_write_manifest", full)
         with pytest.raises(records.DataError, match="cannot be written .*No space left on device"):
-            packed.pack(corpus, tmp_path, log=_quiet)
+            packing.pack(corpus, tmp_path, log=_quiet)
     assert packed.find(tmp_path, "cuhk_pedes", None) is None
-    packed.verify(packed.pack(corpus, tmp_path, log=_quiet))
+    packed.verify(packing.pack(corpus, tmp_path, log=_quiet))
 
 
 def test_too_small_a_disk_is_said_before_anything_is_written(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=30 * 24 * 16 * 3 - 1)
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(records.DataError, match=r"packing needs 0\.0 GB more, but its disk has on"):
-        packed.pack(corpus, tmp_path, resize=SIZE, log=_quiet)
+        packing.pack(corpus, tmp_path, resize=SIZE, log=_quiet)
     assert not list(tmp_path.rglob("packed-*"))
-    monkeypatch.setattr(packed.shutil, "disk_usage", lambda p: usage._replace(free=30 * 24 * 48))
-    packed.pack(corpus, tmp_path, resize=SIZE, log=_quiet)
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda p: usage._replace(free=30 * 24 * 48))
+    packing.pack(corpus, tmp_path, resize=SIZE, log=_quiet)
 
 
 def test_folder_that_cannot_be_written_is_named(corpus, tmp_path):
     (tmp_path / "packed").write_text("a file, not a folder")
     with pytest.raises(records.DataError, match=r"cuhk_pedes-original cannot be written \("):
-        packed.pack(corpus, tmp_path, log=_quiet)
+        packing.pack(corpus, tmp_path, log=_quiet)
 
 
 def test_second_packer_is_refused_while_the_first_one_works(corpus, tmp_path):
@@ -539,16 +541,16 @@ def test_second_packer_is_refused_while_the_first_one_works(corpus, tmp_path):
         def content(self, index):
             if index == 3:
                 with pytest.raises(records.DataError) as caught:
-                    packed.pack(corpus, tmp_path, log=_quiet)
+                    packing.pack(corpus, tmp_path, log=_quiet)
                 refused.append(str(caught.value))
             return super().content(index)
 
-    folder = packed.pack(corpus._replace(images=Pictures(corpus.images)), tmp_path, log=_quiet)
+    folder = packing.pack(corpus._replace(images=Pictures(corpus.images)), tmp_path, log=_quiet)
     assert len(refused) == 1
     assert "cuhk_pedes-original is being packed by another process" in refused[0]
     assert f"(process {os.getpid()} on " in refused[0] and "wait until" in refused[0]
     packed.verify(folder)
-    packed.pack(corpus, tmp_path, resize=SIZE, log=_quiet)  # the lock is free again
+    packing.pack(corpus, tmp_path, resize=SIZE, log=_quiet)  # the lock is free again
 
 
 def test_unreadable_picture_stops_packing_and_is_named(corpus, tmp_path):
@@ -558,9 +560,9 @@ def test_unreadable_picture_stops_packing_and_is_named(corpus, tmp_path):
 
     broken = corpus._replace(images=Pictures(corpus.images))
     with pytest.raises(records.DataError, match=r"imgs/a b/é4\.png cannot be read as an image"):
-        packed.pack(broken, tmp_path, resize=SIZE, log=_quiet)
+        packing.pack(broken, tmp_path, resize=SIZE, log=_quiet)
     assert packed.find(tmp_path, "cuhk_pedes", SIZE) is None
-    packed.pack(broken, tmp_path, log=_quiet)  # bytes are bytes: reading will say so
+    packing.pack(broken, tmp_path, log=_quiet)  # bytes are bytes: reading will say so
     read = packed.read(_folder(tmp_path, None), "cuhk_pedes").images
     with pytest.raises(records.DataError, match=r"a b/é4\.png in .*cannot be read as an image"):
         read.load(4, SIZE)
@@ -568,15 +570,15 @@ def test_unreadable_picture_stops_packing_and_is_named(corpus, tmp_path):
 
 def test_where_folders_cannot_be_renamed_the_manifest_comes_last(corpus, tmp_path, monkeypatch):
     """As in an object store: no working folder, and files arrive whole."""
-    monkeypatch.setattr(packed, "_is_local", lambda path: False)
+    monkeypatch.setattr(packing, "_is_local", lambda path: False)
     with pytest.raises(KeyboardInterrupt):
         stopped = corpus._replace(images=Watched(corpus.images, 29))
-        packed.pack(stopped, tmp_path, log=_quiet)
+        packing.pack(stopped, tmp_path, log=_quiet)
     folder = tmp_path / "packed/cuhk_pedes-original/1.0.0"
     assert list(folder.glob("packed-*")) and not (folder / "manifest.json").exists()
     assert packed.find(tmp_path, "cuhk_pedes", None) is None
     again = Watched(corpus.images)
-    packed.pack(corpus._replace(images=again), tmp_path, log=_quiet)
+    packing.pack(corpus._replace(images=again), tmp_path, log=_quiet)
     assert 0 < len(again.read) < 30
     packed.verify(folder)
     _same(corpus, packed.read(folder, "cuhk_pedes"))
@@ -584,14 +586,14 @@ def test_where_folders_cannot_be_renamed_the_manifest_comes_last(corpus, tmp_pat
     rows = tuple(records.Record(r.image, r.identity, ("new",), r.split) for r in corpus.records)
     stopped = corpus._replace(images=Watched(corpus.images, 29), records=rows)
     with pytest.raises(KeyboardInterrupt):
-        packed.pack(stopped, tmp_path, log=_quiet)
+        packing.pack(stopped, tmp_path, log=_quiet)
     assert packed.find(tmp_path, "cuhk_pedes", None) is None
 
 
 def test_progress_is_told(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "_LOG_SECONDS", 0)
+    monkeypatch.setattr(packing, "_LOG_SECONDS", 0)
     lines = []
-    folder = packed.pack(corpus, tmp_path, log=lines.append)
+    folder = packing.pack(corpus, tmp_path, log=lines.append)
     counts = [int(line.split()[1]) for line in lines if line.startswith("packed ")]
     assert counts == list(range(1, 31))
     assert lines[29].startswith("packed 30 of 30 pictures, ") and lines[29].endswith("0 s left")
@@ -613,3 +615,15 @@ def test_manifest_says_what_is_there(corpus, finished):
     for name, file in manifest["files"].items():
         content = (folder / name).read_bytes()
         assert file == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_reading_needs_no_tfds(finished):
+    """Worker processes start half a second sooner."""
+    code = f"""
+        import sys
+        sys.modules["tensorflow_datasets"] = None
+        from itself_jax.data import packed
+        read = packed.read({str(_folder(finished, SIZE))!r}, "cuhk_pedes")
+        assert read.images.load(0, {SIZE}).shape == {(*SIZE, 3)}
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=True)
