@@ -76,8 +76,6 @@ def pack(
                 log(f"{final} is packed already; delete the folder to pack its pictures anew.")
                 return final
             log(f"{final} holds other annotations; packing anew.")
-        if work == final:
-            (final / packed.MANIFEST).unlink(missing_ok=True)
         with _writing(work):
             work.mkdir(parents=True, exist_ok=True)
         builder = Packed(corpus, resize, data_dir=os.fspath(work), num_threads=num_threads)

@@ -354,12 +354,14 @@ def test_damaged_footer_names_the_file(corpus, altered):
     folder = _folder(altered, SIZE)
     path = folder / "packed-val.array_record-00001-of-00002"
     content = path.read_bytes()
-    path.write_bytes(content[:-65536] + bytes(65536))  # same size, no footer
     read = packed.read(folder, "cuhk_pedes").images
     val = [n for n, row in enumerate(corpus.records) if row.split == "val"]
-    read.load(val[0], SIZE)
-    with pytest.raises(records.DataError, match=r"val\.array_record-00001-of-00002 is damaged: .*"):
-        read.load(val[-1], SIZE)
+    for footer in (bytes(65536), b"\x10" + content[-65535:], content[-65535:] + b"\x10"):
+        path.write_bytes(content[:-65536] + footer)
+        fresh = pickle.loads(pickle.dumps(read))
+        fresh.load(val[0], SIZE)
+        with pytest.raises(records.DataError, match=r"-00001-of-00002 is damaged: the picture"):
+            fresh.load(val[-1], SIZE)
 
 
 def test_record_that_is_no_example_is_an_error_and_never_pixels(corpus):

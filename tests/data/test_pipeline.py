@@ -261,6 +261,18 @@ def test_augmentations_are_switched_separately(split, clip):
     assert any(np.any(a.captions != b.captions) for a, b in zip(plain, caption, strict=True))
 
 
+def test_without_room_to_shift_pictures_are_only_mirrored(split, clip):
+    stream = _stream(split, clip, augment_pad=0)
+    mirrored = []
+    for step, batch in enumerate(_take(stream)):
+        for row, image in enumerate(split.caption_images[stream.pairs(step)].tolist()):
+            plain = split.images.load(image, SIZE)
+            mirrored.append(bool(np.any(batch.images[row] != plain)))
+            wanted = plain[:, ::-1] if mirrored[-1] else plain
+            np.testing.assert_array_equal(batch.images[row], wanted)
+    assert 0.3 < np.mean(mirrored) < 0.7
+
+
 def test_every_visit_of_a_pair_is_augmented_anew(split, clip):
     # 3 epochs visit most pairs three times; equal pixels would mean a repeated generator.
     stream = _stream(split, clip, augment_caption=False, image_size=(48, 48))
