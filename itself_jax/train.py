@@ -361,7 +361,7 @@ def test(
     if not config.local.enabled:
         alpha = 1.0
     for split in splits:
-        extra = {"captions": config.eval.captions, "epoch": how_chosen(config)}
+        extra = {"captions": config.eval.captions}
         if split.dataset == "synthetic":
             extra["oracle_R1"] = synthetic.oracle_rank1(synthetic_folder(config, this.log), "test")
         rows = encode_and_rank(this, variables, split)

@@ -461,10 +461,10 @@ def test_a_broken_annotation_exits_with_1_and_one_sentence(
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_data_set_without_a_reader_yet_exits_with_1(tmp_path):
+def test_a_data_root_without_the_data_set_exits_with_1(tmp_path):
     arguments = [f"--workdir={tmp_path / 'run'}", f"--config.data_root={tmp_path}"]
     done = tiny.call(*arguments, "--config.dataset=cuhk_pedes")
-    assert_refused(done, 1, r"'cuhk_pedes' cannot be read yet")
+    assert_refused(done, 1, r"dataset='cuhk_pedes' needs CUHK-PEDES/reid_raw\.json")
 
 
 @pytest.mark.slow
