@@ -116,7 +116,10 @@ def prepare(
         )
     if not check_only:
         target = out or path.parent
-        packed.pack(corpus, target, resize=resize, log=_say)
+        # TFDS takes half a second to import, which an examination need not wait for.
+        from itself_jax.data import packing
+
+        packing.pack(corpus, target, resize=resize, log=_say)
         _say(f"Train from it with --config.data_root={target}")
 
 

@@ -141,6 +141,11 @@ def run(
                             state, metrics = train_step(state, batch)
                             meter.record(metrics)
                     meter.flush()
+                    if stream.replaced:
+                        log(
+                            f"{len(stream.unreadable)} unreadable pictures, replaced "
+                            f"{stream.replaced} times since the start of this process."
+                        )
                     progress = progress._replace(
                         epoch=progress.epoch + 1, validated=False, score=None
                     )

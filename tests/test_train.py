@@ -29,6 +29,7 @@ from itself_jax import (
     workdir,
 )
 from itself_jax import config as config_lib
+from itself_jax.data import batch as batch_lib
 from itself_jax.data import pipeline, records
 
 # Checks for a signal in one uninterrupted run: 1 before the first step, 1 a step, and 1 for each
@@ -237,7 +238,7 @@ def test_an_implicit_transfer_into_the_step_is_an_error(fast, data, tmp_path, mo
 
         def forgetful(mesh, batch):
             placed = shard(mesh, batch)
-            if not isinstance(batch, pipeline.Batch):
+            if not isinstance(batch, batch_lib.Batch):
                 return placed
             return placed._replace(pids=np.asarray(batch.pids))
 

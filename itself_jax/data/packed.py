@@ -20,7 +20,7 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def find(
     The form resized to `image_size` goes before the form with the original bytes.
 
     Args:
-      root: what the user gives as data root, or what `pack` wrote to.
+      root: what the user gives as data root, or what `packing.pack` wrote to.
       dataset: its name.
       image_size: (H, W) that pictures will be read at; None: only the original bytes will do.
 
@@ -137,19 +137,6 @@ def verify(folder: epath.PathLike) -> None:
             f"the checksums in {MANIFEST}: {', '.join(bad[:10])}{', ...' if bad[10:] else ''}; "
             "copy them anew, or delete the folder and pack again."
         )
-
-
-def pack(
-    corpus: records.Corpus,
-    out: epath.PathLike,
-    *,
-    resize: tuple[int, int] | None = None,
-    log: Callable[[str], None],
-) -> epath.Path:
-    """As `packing.pack`, which is imported only now."""
-    from itself_jax.data import packing
-
-    return packing.pack(corpus, out, resize=resize, log=log)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,6 @@ from itself_jax.data import tokenizer as tokenizer_lib
 _LOG = logging.getLogger("itself_jax")
 _MAX_UNREADABLE = 0.01  # of a training split's pictures
 
-Batch = batch_lib.Batch
-
 
 def epoch_order(
     pids: np.ndarray, *, batch_size: int, num_instances: int, seed: int, epoch: int

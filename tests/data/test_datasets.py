@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from itself_jax.data import datasets, folders, packed, records
+from itself_jax.data import datasets, folders, packed, packing, records
 
 SIZE = (24, 12)
 
@@ -41,7 +41,7 @@ def test_packed_form_reads_as_the_files_do(dataset, resize, tmp_path):
     miniature.write(tmp_path / "files", dataset)
     name = "jsonl" if dataset == "csv" else dataset
     corpus = datasets.corpus(name, tmp_path / "files")
-    packed.pack(corpus, tmp_path / "packed", resize=resize, log=lambda line: None)
+    packing.pack(corpus, tmp_path / "packed", resize=resize, log=lambda line: None)
     for split in records.SPLITS:
         read = [
             datasets.read(name, tmp_path / root, split, image_size=SIZE)
@@ -53,7 +53,7 @@ def test_packed_form_reads_as_the_files_do(dataset, resize, tmp_path):
 
 def test_a_packed_form_goes_before_the_files(tmp_path):
     miniature.write(tmp_path, "rstp_reid")
-    packed.pack(datasets.files("rstp_reid", tmp_path), tmp_path, log=lambda line: None)
+    packing.pack(datasets.files("rstp_reid", tmp_path), tmp_path, log=lambda line: None)
     folder = tmp_path / "packed" / "rstp_reid-original" / packed.VERSION
     annotation = tmp_path / "RSTPReid" / "data_captions.json"
     assert datasets.corpus("rstp_reid", tmp_path).source == str(folder)
@@ -63,7 +63,7 @@ def test_a_packed_form_goes_before_the_files(tmp_path):
 def test_a_packed_form_of_another_size_is_passed_over_for_the_files(tmp_path, caplog):
     miniature.write(tmp_path, "rstp_reid")
     corpus = datasets.files("rstp_reid", tmp_path)
-    packed.pack(corpus, tmp_path, resize=(8, 4), log=lambda line: None)
+    packing.pack(corpus, tmp_path, resize=(8, 4), log=lambda line: None)
     with caplog.at_level(logging.WARNING, logger="itself_jax"):
         found = datasets.corpus("rstp_reid", tmp_path, SIZE)
     assert found.source == corpus.source
@@ -74,7 +74,7 @@ def test_a_packed_form_of_another_size_is_passed_over_for_the_files(tmp_path, ca
 def test_a_packed_form_of_another_size_without_files_names_the_sizes(tmp_path):
     miniature.write(tmp_path / "files", "rstp_reid")
     corpus = datasets.files("rstp_reid", tmp_path / "files")
-    packed.pack(corpus, tmp_path / "out", resize=(8, 4), log=lambda line: None)
+    packing.pack(corpus, tmp_path / "out", resize=(8, 4), log=lambda line: None)
     with pytest.raises(records.DataError, match=r"resized to 8x4, but image_size is 24x12"):
         datasets.read("rstp_reid", tmp_path / "out", "train", image_size=SIZE)
 

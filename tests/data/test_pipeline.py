@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from itself_jax.data import batch as batch_lib
-from itself_jax.data import images, packed, pipeline, records, tokenizer
+from itself_jax.data import images, packed, packing, pipeline, records, tokenizer
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SIZE = (12, 8)
@@ -346,7 +346,7 @@ def _form(corpus, form, folder):
     if form == "files":
         return _split(corpus)
     size = SIZE if form == "resized" else None
-    packed.pack(corpus, folder, resize=size, log=lambda line: None)
+    packing.pack(corpus, folder, resize=size, log=lambda line: None)
     found = packed.find(folder, corpus.dataset, size)
     return _split(packed.read(found, corpus.dataset))
 
@@ -489,7 +489,7 @@ def test_worker_processes_change_nothing(large_corpus, clip, tmp_path, caplog):
     """From a packed set with an unreadable picture, resumed: as in one process from files."""
     damaged = _corpus(tmp_path, 200, 5)
     (tmp_path / "imgs/7.png").write_bytes(b"damaged")
-    packed.pack(damaged, tmp_path, log=lambda line: None)
+    packing.pack(damaged, tmp_path, log=lambda line: None)
     corpus = packed.read(packed.find(tmp_path, damaged.dataset, SIZE), damaged.dataset)
     stream = _stream(_split(corpus), clip, num_epochs=1, num_workers=2)
     with caplog.at_level(logging.WARNING, logger="itself_jax"):
