@@ -31,6 +31,7 @@ _TINY = (32, 16)  # (H, W); below, a person is a handful of pixels
 _LONGEST = 4096  # token ids; longer captions are cut even for counting
 _KEPT_EXAMPLES = 1000  # in the file; the table shows a few
 _SHOWN_EXAMPLES = 3
+_SHOWN_LETTERS = 80
 _CHUNK = 32  # pictures per task of a thread
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _SPECIAL = re.compile(r"<\|(?:startoftext|endoftext|mask)\|>")
@@ -95,7 +96,8 @@ class Report:
             lines.append(line)
             if check.examples and check.verdict != OK:
                 more = ", ..." if len(check.examples) > _SHOWN_EXAMPLES else ""
-                lines.append(f"    {', '.join(check.examples[:_SHOWN_EXAMPLES])}{more}")
+                shown = ", ".join(map(_shortened, check.examples[:_SHOWN_EXAMPLES]))
+                lines.append(f"    {shown}{more}")
         lines += ["", f"Errors: {self.count(ERROR)}. Warnings: {self.count(WARNING)}."]
         return "\n".join(lines)
 
@@ -111,6 +113,11 @@ class Report:
             "published": published and {n: counts._asdict() for n, counts in published.items()},
             "checks": [dataclasses.asdict(check) for check in self.checks],
         }
+
+
+def _shortened(example: str) -> str:
+    """Fits a terminal's line; the file has it in full."""
+    return example if len(example) <= _SHOWN_LETTERS else example[: _SHOWN_LETTERS - 1] + "…"
 
 
 def examine(

@@ -444,3 +444,10 @@ def test_any_number_of_threads_finds_the_same(tmp_path):
     patient.path(5).write_bytes(_jpeg()[:-300])
     one, four = patient.examine(num_threads=1), patient.examine(num_threads=4)
     assert one == four and one.check("unreadable images").count == 2
+
+
+def test_the_table_shortens_what_the_file_has_in_full(tmp_path):
+    check = doctor.Check("duplicate images", doctor.WARNING, 1, "look", ("x" * 500,))
+    report = doctor.Report("jsonl", "own.jsonl", 77, {}, (check,))
+    assert max(map(len, report.table().splitlines())) <= 90
+    assert report.to_json()["checks"][0]["examples"] == ("x" * 500,)
