@@ -3,6 +3,7 @@
 import json
 import re
 
+import flax.linen as nn
 import golden_model
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from itself_jax import config as config_lib
-from itself_jax import optim
+from itself_jax import losses, optim, step
 from itself_jax.models import itself
 
 GOLDEN = golden_model.load("golden_f32_mixed_s16.npz")
@@ -23,14 +24,16 @@ def golden(config: str, name: str) -> np.ndarray:
     return GOLDEN[f"stable/{config}/{name}"]
 
 
+def branches(config: str) -> tuple[str, ...]:
+    return ("global",) if config == "only_global" else ("global", "grab")
+
+
 def param_names(config: str) -> list[str]:
     key = "param_names_only_global" if config == "only_global" else "param_names"
     return [str(name) for name in GOLDEN[key]]
 
 
-@pytest.mark.parametrize("config", golden_model.CONFIGS)
-def test_selected_tokens_are_the_references(config):
-    run = golden_model.golden_run(config)
+def assert_selected_tokens(run: golden_model.Run, config: str) -> None:
     for side, bank in (("image", run.image.bank), ("text", run.text.bank)):
         expected = golden(config, f"topk_{side}")
         k = int(golden(config, f"k_{side}").item())
@@ -42,32 +45,37 @@ def test_selected_tokens_are_the_references(config):
 
 
 @pytest.mark.parametrize("config", golden_model.CONFIGS)
+def test_selected_tokens_are_the_references(config):
+    assert_selected_tokens(golden_model.golden_run(config), config)
+
+
+@pytest.mark.parametrize("config", golden_model.CONFIGS)
 def test_local_embeddings_in_training_are_the_references(config):
     run = golden_model.golden_run(config)
     golden_model.assert_close(run.image.embedding.local, golden(config, "grab_image"), 3e-5)
     golden_model.assert_close(run.text.embedding.local, golden(config, "grab_text"), 3e-5)
 
 
-@pytest.mark.parametrize("config", ALL_CONFIGS)
-def test_every_loss_term_is_the_references(config):
-    loss = golden_model.golden_run(config).loss
-    for branch, name, cid in zip(
-        loss.branches, ("global", "grab"), ("closs1_cid_global", "closs2_cid_grab"), strict=True
-    ):
-        if config == "only_global" and name == "grab":
-            continue
+def assert_losses(loss: step.Loss, config: str) -> None:
+    cids = {"global": "closs1_cid_global", "grab": "closs2_cid_grab"}
+    assert len(loss.branches) == len(branches(config))
+    for branch, name in zip(loss.branches, branches(config), strict=True):
         golden_model.assert_close(branch.tal, golden(config, f"tal_{name}"), 5e-6, "TAL")
-        golden_model.assert_close(branch.cid, golden(config, cid), 5e-6, "CID")
+        golden_model.assert_close(branch.cid, golden(config, cids[name]), 5e-6, "CID")
         ids = golden(config, f"id_{name}_image") + golden(config, f"id_{name}_text")
         golden_model.assert_close(branch.id, ids, 5e-6, "ID")
-    if config != "only_global":
-        golden_model.assert_close(loss.total, golden(config, "total_loss"), 5e-6, "total")
+    golden_model.assert_close(loss.total, golden(config, "total_loss"), 5e-6, "total")
 
 
 @pytest.mark.parametrize("config", ALL_CONFIGS)
-def test_gradient_norm_of_every_parameter_is_the_references(config):
-    gradients = golden_model.flat(golden_model.golden_run(config).gradients)
+def test_every_loss_term_is_the_references(config):
+    assert_losses(golden_model.golden_run(config).loss, config)
+
+
+def assert_gradient_norms(run: golden_model.Run, config: str) -> None:
+    gradients = golden_model.flat(run.gradients)
     names = param_names(config)
+    assert set(gradients) == {golden_model.our_name(name) for name in names}
     squares = 0.0
     worst = ("", 0.0)
     for name, expected in zip(names, golden(config, "grad/norms"), strict=True):
@@ -82,6 +90,11 @@ def test_gradient_norm_of_every_parameter_is_the_references(config):
             worst = max(worst, (name, abs(norm - expected) / expected), key=lambda x: x[1])
     assert worst[1] <= 1e-4, f"{worst[0]}: {worst[1]:.1e}"
     golden_model.assert_close(np.sqrt(squares), golden(config, "grad/global_norm"), 1e-5)
+
+
+@pytest.mark.parametrize("config", ALL_CONFIGS)
+def test_gradient_norm_of_every_parameter_is_the_references(config):
+    assert_gradient_norms(golden_model.golden_run(config), config)
 
 
 @pytest.mark.parametrize("config", ("custom_s1", "sl", "only_global", "mean_none"))
@@ -122,10 +135,31 @@ def test_batch_norm_statistics_after_one_step_are_the_references(config):
         np.testing.assert_array_equal(after[path], before[path])
 
 
-@pytest.mark.parametrize("branch", ("global", "grab"))
-def test_logits_of_pairs_and_identities_are_the_references(branch):
+def pair_logits_and_features(heads, first, second) -> tuple[jax.Array, jax.Array]:
+    """`pair_logits`, and what its classifier is given there: the output of the pair MLP."""
+    seen = []
+
+    def listen(call, args, kwargs, context):
+        if context.module.name == "pair_classifier":
+            seen.append(args[0])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(listen):
+        logits = heads.pair_logits(first, second)
+    (features,) = seen
+    return logits, features
+
+
+@pytest.mark.parametrize(
+    "config, branch",
+    [
+        (config, branch)
+        for config in ("custom_s725", "custom_s1", "sl", "mean_none", "only_global")
+        for branch in branches(config)
+    ],
+)
+def test_logits_of_pairs_and_identities_are_the_references(config, branch):
     """`pair_logits` and `identity_logits` on the reference's pairs, both orders."""
-    config = "custom_s725"
     run = golden_model.golden_run(config)
     side = 0 if branch == "global" else 1
     image, text = (jnp.asarray(x.embedding[side]) for x in (run.image, run.text))
@@ -141,9 +175,61 @@ def test_logits_of_pairs_and_identities_are_the_references(branch):
     i = np.arange(len(image))
     images = image[np.stack([i, visual, i], axis=1).ravel()]
     texts = text[np.stack([i, i, textual], axis=1).ravel()]
-    forward, backward = bound.pair_logits(images, texts), bound.pair_logits(texts, images)
+    forward, features = pair_logits_and_features(bound, images, texts)
+    backward = bound.pair_logits(texts, images)
     golden_model.assert_close(forward, golden(config, f"cid_logits1_{branch}"), 3e-5)
     golden_model.assert_close(backward, golden(config, f"cid_logits2_{branch}"), 3e-5)
+    if config in ("custom_s1", "sl", "only_global"):
+        golden_model.assert_close(features, golden(config, f"cid_z1_{branch}"), 3e-5)
+
+
+def test_model_without_the_local_branch_has_exactly_the_references_parameters():
+    """309 of the 339, every one with a gradient, and no statistics."""
+    names = param_names("only_global")
+    images, ids, _ = golden_model.batch().values()
+    created = jax.eval_shape(golden_model.build(enabled=False).init, jax.random.key(0), images, ids)
+    assert set(created) == {"params"}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(created["params"])
+    shapes = {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+    with np.load(golden_model.FOLDER / "small_s16_state.npz") as state:
+        expected = {
+            golden_model.our_name(name): golden_model.our_array(name, state[name]).shape
+            for name in names
+        }
+    assert len(names) == 309
+    assert shapes == expected
+    assert not np.isnan(golden("only_global", "grad/norms")).any()
+    run = golden_model.golden_run("only_global")
+    assert run.image.embedding.local is run.text.embedding.local is None
+    assert run.image.bank is run.text.bank is None
+    assert run.loss.batch_stats == {}
+
+
+def test_hard_negatives_without_the_local_branch_are_the_references():
+    run = golden_model.golden_run("only_global")
+    image, text = (jnp.asarray(x.embedding.global_) for x in (run.image, run.text))
+    negatives = losses.hard_negatives(image, text, jnp.asarray(golden_model.batch()["pids"]))
+    np.testing.assert_array_equal(negatives.image, golden("only_global", "neg_visual_global"))
+    np.testing.assert_array_equal(negatives.text, golden("only_global", "neg_text_global"))
+
+
+def test_default_settings_alone_select_and_cost_what_the_reference_does():
+    """Nothing of the saliency is replaced: `Local()` itself must lead to MARS and the ATS."""
+    run = golden_model.plain_pass(
+        golden_model.build(), golden_model.variables(), golden_model.limits(725), backward=False
+    )
+    assert_selected_tokens(run, "custom_s725")
+    assert_losses(run.loss, "custom_s725")
+
+
+@pytest.mark.slow
+def test_default_settings_alone_have_the_references_gradients():
+    run = golden_model.plain_pass(
+        golden_model.build(), golden_model.variables(), golden_model.limits(725)
+    )
+    assert_selected_tokens(run, "custom_s725")
+    assert_losses(run.loss, "custom_s725")
+    assert_gradient_norms(run, "custom_s725")
 
 
 def test_inference_embeddings_are_the_references():
