@@ -10,8 +10,8 @@ DIR holds the benchmark's own folder, CUHK-PEDES/. Published R@1 / R@5 / R@10 / 
     sl_ats    76.66 / 90.58 / 94.22 / 69.18
     itself    76.95 / 90.64 / 94.36 / 69.38
 
-These are the paper's figures; this project has not reproduced them yet. They need CLIP's weights.
-Pick an ablation with `configs/cuhk.py:VARIANT`; variants combine (`:baseline,stride12`), and `:tiny`
+These are the paper's figures, with CLIP's weights; this project has not reproduced them yet. Pick
+an ablation with `configs/cuhk.py:VARIANT`; variants combine (`:baseline,stride12`), and `:tiny`
 tries data and machine in a minute with a small untrained model.
 
 Time: nobody has run these 60 epochs with this code yet. On two CPU cores one pair takes about a

@@ -10,16 +10,16 @@ DIR holds the benchmark's own folder, ICFG-PEDES/. Published R@1 / R@5 / R@10 / 
     sl_ats    68.76 / 82.74 / 87.45 / 43.35
     itself    69.23 / 82.84 / 87.62 / 43.80
 
-These are the paper's figures; this project has not reproduced them yet. They need CLIP's weights.
-Pick an ablation with `configs/icfg.py:VARIANT`; variants combine (`:baseline,stride12`), and `:tiny`
+These are the paper's figures, with CLIP's weights; this project has not reproduced them yet. Pick
+an ablation with `configs/icfg.py:VARIANT`; variants combine (`:baseline,stride12`), and `:tiny`
 tries data and machine in a minute with a small untrained model.
 
 Time: nobody has run these 60 epochs with this code yet. On two CPU cores one pair takes about a
 second forward and backward, so a CPU is for `:tiny` and for evaluating only.
 
-ICFG-PEDES has no validation split: 310 training identities, drawn with seed 0, are held out as val,
-and epoch and fusion weight are chosen on them. To train on all 3,102 afterwards, with the epoch E and
-the weight A that this run has chosen:
+ICFG-PEDES has no validation split: 310 training identities, drawn with seed 0, are held out as
+val, and epoch and fusion weight are chosen on them. To train on all 3,102 afterwards, with the
+epoch E and the weight A that this run has chosen:
 
     ... --config.train_on_all --config.last_epoch=E --config.eval.alpha=A --workdir=RUN2
 """

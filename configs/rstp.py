@@ -10,8 +10,8 @@ DIR holds the benchmark's own folder, RSTPReid/. Published R@1 / R@5 / R@10 / mA
     sl_ats    65.95 / 85.60 / 90.10 / 52.71
     itself    67.30 / 85.60 / 90.50 / 53.05
 
-These are the paper's figures; this project has not reproduced them yet. They need CLIP's weights.
-Pick an ablation with `configs/rstp.py:VARIANT`; variants combine (`:baseline,stride12`), and `:tiny`
+These are the paper's figures, with CLIP's weights; this project has not reproduced them yet. Pick
+an ablation with `configs/rstp.py:VARIANT`; variants combine (`:baseline,stride12`), and `:tiny`
 tries data and machine in a minute with a small untrained model.
 
 Time: nobody has run these 60 epochs with this code yet. On two CPU cores one pair takes about a

@@ -186,6 +186,7 @@ def evaluate_only(
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     source = directory.path if config.init_from is None else pathlib.Path(config.init_from)
     test_splits = read_test_splits(config, log)
+    words = tokenizer.Tokenizer(config.model.text_length)
     best = weights.read(source, log)
     with interrupts.compilation():
         # The identities are those of the weights: another data set's are never needed to test.
@@ -195,7 +196,6 @@ def evaluate_only(
         template = step.state_template(training, mesh)
         variables = weights.fit(best, variables_of(template), log)
         encoders = step.compile_encoders(training, template, mesh)
-    words = tokenizer.Tokenizer(config.model.text_length)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']} of {source}.")
