@@ -96,7 +96,7 @@ class Report:
             lines.append(line)
             if check.examples and check.verdict != OK:
                 more = ", ..." if len(check.examples) > _SHOWN_EXAMPLES else ""
-                shown = ", ".join(map(_shortened, check.examples[:_SHOWN_EXAMPLES]))
+                shown = ", ".join(map(_fitting, check.examples[:_SHOWN_EXAMPLES]))
                 lines.append(f"    {shown}{more}")
         lines += ["", f"Errors: {self.count(ERROR)}. Warnings: {self.count(WARNING)}."]
         return "\n".join(lines)
@@ -115,7 +115,7 @@ class Report:
         }
 
 
-def _shortened(example: str) -> str:
+def _fitting(example: str) -> str:
     """Fits a terminal's line; the file has it in full."""
     return example if len(example) <= _SHOWN_LETTERS else example[: _SHOWN_LETTERS - 1] + "…"
 
