@@ -153,7 +153,9 @@ class Config:
     log_every: int = 10
 
 
-# An existing work directory may be continued although these differ.
+# An existing work directory may be continued although these differ, with two exceptions: the best
+# epoch so far was chosen by them.
+UNCHANGEABLE = ("eval.protocol", "eval.captions")
 CHANGEABLE = (
     "mesh.",
     "log_every",
@@ -201,6 +203,9 @@ def apply_variants(config: ml_collections.ConfigDict, names: str) -> ml_collecti
     Raises:
       ConfigError: an unknown variant, with the nearest known one.
     """
+    names = [name for name in names.split(",") if name]
+    if "tiny" in names:  # first: the others build on its sizes
+        config.update_from_flattened_dict(_TINY)
     # The layer of lowest attention entropy, the third of twelve (paper, Fig. 7).
     depth = min(config.model.vision_depth, config.model.text_depth)
     layer = f"layer:{max(0, depth // 4 - 1)}"
@@ -210,11 +215,11 @@ def apply_variants(config: ml_collections.ConfigDict, names: str) -> ml_collecti
         "sl": {"local.saliency": layer, "local.ats": False},
         "sl_ats": {"local.saliency": layer},
         "mars": {"local.ats": False},
-        "tiny": _TINY,
+        "tiny": {},
         "stride12": {"model.stride": 12},
         "vit_b32": {"model.patch_size": 32},
     }
-    for name in filter(None, names.split(",")):
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""

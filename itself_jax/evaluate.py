@@ -170,7 +170,8 @@ def format_table(results: Mapping[str, Any]) -> str:
     chosen = retrieval.similarity_name(results["chosen_alpha"])
     width = max(len(row["similarity"]) for row in results["rows"])
     lines = [
-        f"{results['dataset']} {results['split']}: {results['queries']} captions, "
+        f"{results['dataset']} {results['split']}: {results['queries']} captions"
+        f"{' (the first of each picture)' if results.get('captions') == 'single' else ''}, "
         f"{results['gallery']} images, protocol {results['protocol']}, chosen: {chosen}"
     ]
     for direction, title in _DIRECTIONS.items():

@@ -3,12 +3,14 @@
 Prints what the dataset doctor finds and writes it to `doctor.json` in `--out` (without it, in
 `--root`; where that cannot be written and nothing is packed, in the current directory). A data set
 without errors is then packed below `--out`. Exit codes: 0 done, warnings or not; 1 errors found or
-failed, with one sentence; 2 flag rejected; 75 stopped by Ctrl-C (the same command goes on).
+failed, with one sentence; 2 flag rejected; 75 stopped by Ctrl-C or SIGTERM (the same command goes
+on).
 """
 
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -63,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command; every way out but success is an exit code and a sentence."""
     del argv
     logging.set_verbosity(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):  # annotations may hold letters the terminal lacks
         stream.reconfigure(errors="backslashreplace")
     try:
@@ -126,7 +129,7 @@ def prepare(
 def _read(dataset: str, root: epath.Path) -> records.Corpus:
     try:
         return datasets.files(dataset, root)
-    except records.DataError:
+    except records.MissingError:
         folder = None if root.is_file() else packed.find(root, dataset, None)
         if folder is None:
             raise

@@ -37,6 +37,7 @@ class Progress(NamedTuple):
     best_score: float | None = None
     best_epoch: int = 0
     best_alpha: float = 1.0
+    protocol: str = "val"  # how epoch and weight are chosen
 
 
 class Run(NamedTuple):
@@ -106,11 +107,12 @@ def run(
         encoders = step.compile_encoders(training, template, mesh)
         train_step = step.compile_step(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
-    directory.describe(config, compute_dtype)
 
     with checkpoint.Checkpoints(directory.checkpoints, log=log) as checkpoints:
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template)
+        # Last of all that may fail at the start: until then another configuration may try again.
+        directory.describe(config, compute_dtype)
         saved = (int(state.step), progress.validated)
         meter = meter_lib.Meter(config, directory, stream, start=int(state.step), total=last_step)
 
@@ -128,7 +130,9 @@ def run(
             try:
                 while True:
                     if not progress.validated:
-                        rows = encode_and_rank(this, variables_of(state), validation_split)
+                        rows = encode_and_rank(
+                            this, variables_of(state), validation_split, config.eval.alpha
+                        )
                         progress = judge(this, progress, rows, meter.step)
                         save()
                     if meter.step == last_step:
@@ -164,7 +168,8 @@ def run(
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
-        test(this, weights.fit(best, variables_of(template), log), alpha, test_splits)
+        variables = weights.fit(best, variables_of(template), log)
+        test(this, variables, alpha, test_splits, best.meta["protocol"])
     directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
@@ -184,7 +189,9 @@ def evaluate_only(
     log = meter_lib.print_line
     directory = workdir.Workdir(path)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
-    source = directory.path if config.init_from is None else pathlib.Path(config.init_from)
+    source = directory.path
+    if config.init_from is not None:
+        source = pathlib.Path(config.init_from).expanduser()
     test_splits = read_test_splits(config, log)
     words = tokenizer.Tokenizer(config.model.text_length)
     best = weights.read(source, log)
@@ -200,7 +207,7 @@ def evaluate_only(
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']} of {source}.")
     with interrupts.checked_work():
-        test(this, variables, alpha, test_splits)
+        test(this, variables, alpha, test_splits, best.meta["protocol"])
 
 
 def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:
@@ -215,17 +222,23 @@ def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) ->
     elif root is None:
         raise config_lib.ConfigError(
             f"config.data_root is not set: dataset {dataset!r} needs the folder that holds the "
-            "benchmark's own folder."
+            "benchmark's own folder (jsonl: the file of own data or its folder)."
         )
     found = datasets.read(
         dataset,
         root,
         split,
         image_size=config.model.image_size,
-        train_on_all=config.train_on_all,
+        # The reference, which validates on test, holds nobody out.
+        train_on_all=config.train_on_all or holds_nobody_out(config, dataset),
     )
     single = split != "train" and config.eval.captions == "single"
     return found.single_caption() if single else found
+
+
+def holds_nobody_out(config: config_lib.Config, dataset: str) -> bool:
+    """Whether the identities that would become `val` are trained on, as by the reference."""
+    return config.eval.protocol == "paper" and dataset == "icfg_pedes"
 
 
 def read_test_splits(config: config_lib.Config, log: Log) -> list[records.Split]:
@@ -253,11 +266,11 @@ def validation_name(config: config_lib.Config) -> str:
 
 
 def how_chosen(config: config_lib.Config) -> str:
-    """How the tested epoch came about, for the log and the reader of the result."""
-    if config.train_on_all:
-        return "the last one: nothing was left to validate on"
+    """How the tested epoch came about, for the log."""
     if config.eval.protocol == "paper":
         return "chosen on the test split itself, as the reference does"
+    if config.train_on_all:
+        return "the last one: nothing was left to validate on"
     return "the best on val"
 
 
@@ -278,17 +291,19 @@ def restore_or_init(
         )
         state = init(this.config.seed)
         if this.config.init_from is not None:
-            source = weights.read(pathlib.Path(this.config.init_from), this.log)
+            source = weights.read(pathlib.Path(this.config.init_from).expanduser(), this.log)
             fresh = variables_of(state)
             state = state._replace(
                 **weights.fit(source, variables_of(template), this.log, fresh=fresh)
             )
-        elif this.config.dataset not in ("synthetic", "jsonl"):
+        elif this.config.dataset != "synthetic":
             this.log(
                 "WARNING: config.init_from is not set, so the encoders start from random numbers. "
-                "The published results need CLIP's weights (OpenAI's ViT-B/16)."
+                "The published settings and results need CLIP's weights (ViT-B/16 of "
+                "github.com/openai/CLIP), which this version cannot read yet; config.init_from "
+                "takes the work directory of another run."
             )
-        return state, Progress()
+        return state, Progress(protocol=this.config.eval.protocol)
     progress = Progress(**{name: restored.meta[name] for name in Progress._fields})
     this.workdir.cut_metrics(restored.step, validated=progress.validated)
     this.log(f"Going on at step {restored.step}, after epoch {progress.epoch}.")
@@ -305,9 +320,12 @@ def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> batch_lib.Batc
 
 
 def encode_and_rank(
-    this: Run, variables: dict[str, Any], split: records.Split
+    this: Run, variables: dict[str, Any], split: records.Split, alpha: float | None
 ) -> list[retrieval.Row]:
-    """Encodes a split once and ranks it in both directions; checks for signals on the way."""
+    """Encodes a split once and ranks it in both directions; checks for signals on the way.
+
+    alpha: a fusion weight that must be among the rows, beside the usual ones.
+    """
     config = this.config
     encode_images, encode_captions = this.encoders
     embeddings = evaluate.encode_corpus(
@@ -324,8 +342,8 @@ def encode_and_rank(
     if config.eval.dump_embeddings:
         evaluate.dump_embeddings(this.workdir.path, split, embeddings)
     alphas = retrieval.FUSION_ALPHAS
-    if config.eval.alpha is not None:
-        alphas = (*alphas, config.eval.alpha)
+    if alpha is not None:
+        alphas = (*alphas, alpha)
     return retrieval.rank(embeddings, alphas=alphas, chunk_bytes=config.eval.chunk_mb << 20)
 
 
@@ -341,7 +359,8 @@ def judge(this: Run, progress: Progress, rows: list[retrieval.Row], at: int) -> 
         record | {name: getattr(metrics, name) for name in names} | {"alpha": alpha}
     )
     # Where validation people were trained on, their R@1 says nothing: the last epoch counts.
-    score = float(progress.epoch) if this.config.train_on_all else metrics.R1
+    everyone = this.config.train_on_all and this.config.eval.protocol == "val"
+    score = float(progress.epoch) if everyone else metrics.R1
     progress = progress._replace(validated=True, score=score)
     better = progress.best_score is None or score > progress.best_score
     if better:
@@ -359,24 +378,31 @@ def chosen_row(rows: list[retrieval.Row], alpha: float) -> retrieval.Row:
 
 
 def test(
-    this: Run, variables: dict[str, Any], alpha: float, splits: Sequence[records.Split]
+    this: Run,
+    variables: dict[str, Any],
+    alpha: float,
+    splits: Sequence[records.Split],
+    protocol: str,
 ) -> None:
-    """Tests on each data set, writes and prints the tables."""
+    """Tests on each data set, writes and prints the tables.
+
+    protocol: by which epoch and weight were chosen, whatever the configuration says now.
+    """
     config = this.config
     if not config.local.enabled:
         alpha = 1.0
     for split in splits:
         extra = {"captions": config.eval.captions}
-        if split.dataset == "synthetic":
+        if split.dataset == "synthetic" and config.eval.captions == "all":
             extra["oracle_R1"] = synthetic.oracle_rank1(synthetic_folder(config, this.log), "test")
-        rows = encode_and_rank(this, variables, split)
+        rows = encode_and_rank(this, variables, split, alpha)
         summary = evaluate.results(
             rows,
             dataset=split.dataset,
             split="test",
             queries=len(split.captions),
             gallery=len(split.image_paths),
-            protocol=config.eval.protocol,
+            protocol=protocol,
             chosen_alpha=alpha,
             extra=extra,
         )

@@ -176,7 +176,8 @@ class Workdir:
         refused = {
             key: values
             for key, values in changed.items()
-            if not any(
+            if key in config_lib.UNCHANGEABLE
+            or not any(
                 key == name or (name.endswith(".") and key.startswith(name))
                 for name in config_lib.CHANGEABLE
             )

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
+from itself_jax import checkpoint, interrupt, train, workdir
 from itself_jax import config as config_lib
-from itself_jax import interrupt, train
 from itself_jax.data import records
 
 PEOPLE = (24, 4, 6)
@@ -143,6 +143,34 @@ def test_training_on_all_identities_includes_the_held_out_and_tests_the_last_epo
     assert json.loads((path / "finished.json").read_text())["best_epoch"] == 2
     assert tiny.results(path, "icfg_pedes-test")["chosen_alpha"] == 0.3
     assert "Testing epoch 2, the last one: nothing was left" in capsys.readouterr().out
+
+
+def test_the_paper_protocol_trains_on_everybody_and_its_label_stays(root, tmp_path):
+    paper = settings(root, "icfg_pedes", eval__protocol="paper")
+    assert train.read_split(paper, "icfg_pedes", "train", print).num_identities == 24
+    path = tiny.run(paper, tmp_path / "run")
+    results = tiny.results(path, "icfg_pedes-test")
+    assert results["protocol"] == "paper"
+    train.evaluate_only(settings(root, "icfg_pedes"), path, interrupt.Interrupts())
+    assert tiny.results(path, "icfg_pedes-test") == results
+    (path / "finished.json").unlink()
+    with pytest.raises(workdir.WorkdirError, match="eval.protocol was 'paper', now 'val'"):
+        tiny.run(settings(root, "icfg_pedes"), path)
+
+
+def test_a_misspelt_source_of_weights_leaves_the_directory_free(root, tmp_path):
+    wrong = settings(root, "rstp_reid", init_from=str(tmp_path / "typo"))
+    with pytest.raises(checkpoint.CheckpointError, match="typo is not a work directory"):
+        tiny.run(wrong, tmp_path / "run")
+    tiny.run(settings(root, "rstp_reid"), tmp_path / "run")
+
+
+def test_a_weight_given_in_training_has_its_row_whenever_it_is_evaluated(root, tmp_path):
+    path = tiny.run(settings(root, "rstp_reid", eval__alpha=0.35), tmp_path / "run")
+    train.evaluate_only(settings(root, "rstp_reid"), path, interrupt.Interrupts())
+    found = tiny.results(path, "rstp_reid-test")
+    assert found["chosen_alpha"] == 0.35
+    assert "fused@0.35" in {row["similarity"] for row in found["rows"]}
 
 
 def test_a_missing_data_root_says_which_folder_is_wanted(tmp_path):

@@ -320,5 +320,8 @@ def test_the_tiny_variant_is_small_for_every_config_and_combines(name):
     assert not config.local.enabled
     assert (config.model.vision_depth, config.model.text_depth, config.num_epochs) == (2, 2, 2)
     assert (config.model.vision_width, config.model.vision_heads) == (64, 4)
+    single = config_lib.from_dict(module.get_config("sl,tiny"))
+    assert single.local.saliency == "layer:0" and single.model.patch_size == 16
+    assert module.get_config("vit_b32,tiny").model.patch_size == 32
     overlapping = config_lib.from_dict(module.get_config("stride12,tiny"))
     assert overlapping.model.stride == 12 and overlapping.model.vision_width == 64

@@ -87,7 +87,7 @@ def read(dataset: str, root: epath.PathLike) -> records.Corpus:
         set's. The message says where.
     """
     layout = _LAYOUTS[dataset]
-    annotation = _find_annotation(dataset, epath.Path(root))
+    annotation = find(dataset, root)
     rows = _read_json(annotation)
     read_records = tuple(
         _read_record(row, f"{annotation}: record {number}", layout, annotation)
@@ -119,8 +119,13 @@ def counts(corpus: records.Corpus) -> dict[str, Counts]:
     return result
 
 
-def _find_annotation(dataset: str, root: epath.Path) -> epath.Path:
-    layout = _LAYOUTS[dataset]
+def find(dataset: str, root: epath.PathLike) -> epath.Path:
+    """Finds the annotation file of a benchmark.
+
+    Raises:
+      records.MissingError: there is none; the message says which folders were seen.
+    """
+    layout, root = _LAYOUTS[dataset], epath.Path(root)
     if found := _annotations(dataset, root):
         return found[0]
     names = [f"{layout.folder}/{name}".lstrip("/") for name in layout.annotations]
@@ -129,7 +134,7 @@ def _find_annotation(dataset: str, root: epath.Path) -> epath.Path:
     for other in PUBLISHED:
         if found := _annotations(other, root):
             hint = f" ({found[0].name} there is {other}'s: is dataset={other!r} meant?)"
-    raise records.DataError(
+    raise records.MissingError(
         f"dataset={dataset!r} needs {' or '.join(names)}, which does not exist below "
         f"data_root={root}: {'; '.join(seen)}{hint}; point data_root at the folder that holds the "
         "benchmark."

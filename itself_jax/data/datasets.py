@@ -58,8 +58,8 @@ def corpus(
 ) -> records.Corpus:
     """Reads a whole data set, from the same place as `read`.
 
-    A packed form that does not fit (another size or version) is passed over, and this is logged,
-    where the files are there too.
+    A packed form that does not fit (another size or version), or whose annotation file has been
+    changed since, is passed over, and this is logged, where the files are there too.
 
     Raises:
       records.DataError: as `read`; missing images are not looked for.
@@ -70,12 +70,34 @@ def corpus(
         folder = packed.find(root, dataset, image_size)
     except records.DataError as unfit:
         try:
-            result = files(dataset, root)
-        except records.DataError:
+            annotation(dataset, root)
+        except records.MissingError:
             raise unfit from None
         _LOG.warning("%s Reading the files below %s instead.", unfit, root)
-        return result
-    return files(dataset, root) if folder is None else packed.read(folder, dataset)
+        return files(dataset, root)
+    if folder is None:
+        return files(dataset, root)
+    try:
+        source = annotation(dataset, root)
+    except records.MissingError:
+        return packed.read(folder, dataset)
+    if packed.sha256(source) != packed.read_manifest(folder)["source_sha256"]:
+        _LOG.warning(
+            "%s was packed from another state of %s; reading the files instead. Pack again.",
+            folder,
+            source,
+        )
+        return files(dataset, root)
+    return packed.read(folder, dataset)
+
+
+def annotation(dataset: str, data_root: epath.PathLike) -> epath.Path:
+    """Finds the annotation file of a data set.
+
+    Raises:
+      records.MissingError: there is none.
+    """
+    return own.find(data_root) if dataset == "jsonl" else benchmarks.find(dataset, data_root)
 
 
 def files(dataset: str, data_root: epath.PathLike) -> records.Corpus:

@@ -46,7 +46,7 @@ def read(root: epath.PathLike) -> records.Corpus:
       records.DataError: no file or several; a line is malformed or contradicts another one; a
         caption has no picture. The message names the line.
     """
-    path = _find_file(epath.Path(root))
+    path = find(root)
     parse = _jsonl_lines if path.suffix.casefold() == ".jsonl" else _csv_lines
     lines = list(parse(path, folders.read_text(path)))
     if not lines:
@@ -64,7 +64,14 @@ def read(root: epath.PathLike) -> records.Corpus:
     )
 
 
-def _find_file(root: epath.Path) -> epath.Path:
+def find(root: epath.PathLike) -> epath.Path:
+    """Finds the JSONL or CSV file.
+
+    Raises:
+      records.MissingError: there is none.
+      records.DataError: there are several, or `root` is another file.
+    """
+    root = epath.Path(root)
     if root.is_file():
         if root.suffix.casefold() not in _SUFFIXES:
             raise records.DataError(
@@ -78,7 +85,7 @@ def _find_file(root: epath.Path) -> epath.Path:
         if not name.startswith(".") and epath.Path(name).suffix.casefold() in _SUFFIXES
     ]
     if not found:
-        raise records.DataError(
+        raise records.MissingError(
             f"dataset='jsonl' needs one .jsonl or .csv file in data_root={root}, which "
             f"{folders.content(root)}; write it there, one line such as {_EXAMPLE}."
         )

@@ -61,9 +61,10 @@ def find(
     finished = {form: versions for form, versions in finished.items() if versions}
     usable = [form for form in (form_of(image_size), form_of(None)) if form in finished]
     for form in usable:
-        folder = epath.Path(root) / FOLDER / f"{dataset}-{form}"
         if VERSION in finished[form]:
-            return folder / VERSION
+            return epath.Path(root) / FOLDER / f"{dataset}-{form}" / VERSION
+    for form in usable:
+        folder = epath.Path(root) / FOLDER / f"{dataset}-{form}"
         raise records.DataError(
             f"{folder} was packed in version {', '.join(sorted(finished[form]))} of the format, "
             f"but this program reads version {VERSION}; pack the data set again or delete the "

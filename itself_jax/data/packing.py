@@ -249,15 +249,17 @@ def _write_shard(
             part = pathlib.Path(folder) / path.name
         with _writing(path):
             writer = array_record_module.ArrayRecordWriter(os.fspath(part), _WRITER_OPTIONS)
-            try:
-                for example in examples:
+        try:
+            for example in examples:  # what fails here is the reading of a picture
+                with _writing(path):
                     writer.write(example)
-                    content += len(example)
-                    meter()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    writer.close()
-                raise
+                content += len(example)
+                meter()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+            raise
+        with _writing(path):
             writer.close()  # raises what went wrong at any time since the opening
             with part.open("rb") as file:
                 os.fsync(file.fileno())
@@ -314,6 +316,7 @@ def _write_manifest(
     manifest = {
         "version": packed.VERSION,
         "dataset": corpus.dataset,
+        "source_sha256": _source_sha256(corpus),  # to notice that the annotation file has changed
         "resize": resize,
         "splits": splits,
         "shards": [dataclasses.asdict(shard) for shard in shards],
@@ -379,7 +382,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
             file = stack.enter_context(path.open("a+"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise records.DataError(
                 f"{folder} is being packed by another process ({file.read().strip()}); wait until "
@@ -429,11 +432,17 @@ def _annotations(corpus: records.Corpus, resize: tuple[int, int] | None) -> byte
     rows = [[r.image, r.identity, list(r.captions), r.split] for r in corpus.records]
     content = {
         "dataset": corpus.dataset,
+        "source_sha256": _source_sha256(corpus),
         "resize": resize,
         "version": packed.VERSION,
         "records": rows,
     }
     return json.dumps(content).encode()
+
+
+def _source_sha256(corpus: records.Corpus) -> str | None:
+    path = epath.Path(corpus.source)
+    return packed.sha256(path) if path.is_file() else None
 
 
 def _encoded(text: str) -> bytes:

@@ -33,6 +33,10 @@ class DataError(ValueError):
     """The data on disk cannot be used; the message names file, field and value."""
 
 
+class MissingError(DataError):
+    """There is no annotation file at all."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One picture with its captions."""
@@ -106,13 +110,19 @@ def select(corpus: Corpus, split: str, *, train_on_all: bool = False) -> Split:
         longer unseen.
 
     Raises:
-      DataError: no record is in the split, or too few identities to draw from.
+      DataError: no record is in the split; too few identities to draw from; `train_on_all` where
+        the file has a `val` of its own.
     """
     if split not in SPLITS:
         raise DataError(f"split={split!r} is not known; use one of {', '.join(SPLITS)}.")
     splits, drawn = assign(corpus)
     wanted = {split}
-    if split == "train" and train_on_all and "val" in drawn:
+    if split == "train" and train_on_all and "val" in splits and "val" not in drawn:
+        raise DataError(
+            f"{corpus.source} has a val split of its own, so train_on_all has nothing to add; "
+            "leave it out."
+        )
+    if split == "train" and train_on_all:
         wanted.add("val")
     chosen = [index for index, found in enumerate(splits) if found in wanted]
     if not chosen:

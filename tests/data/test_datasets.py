@@ -250,3 +250,31 @@ def test_a_neighbour_with_a_longer_name_is_outside(tree):
     (tree / "imgs2" / "d.jpg").touch()
     (tree / "imgs" / "d.jpg").symlink_to(tree / "imgs2" / "d.jpg")
     assert _locate(tree, "d.jpg").outside == (0,)
+
+
+def test_annotations_changed_since_packing_are_read_from_the_files_with_a_warning(tmp_path, caplog):
+    folder = miniature.write(tmp_path, "rstp_reid")
+    packing.pack(datasets.files("rstp_reid", tmp_path), tmp_path, log=lambda line: None)
+    annotation = folder / "data_captions.json"
+    rows = json.loads(annotation.read_text())
+    rows[0]["captions"][0] = "a corrected sentence"
+    annotation.write_text(json.dumps(rows))
+    found = datasets.corpus("rstp_reid", tmp_path)
+    assert found.records[0].captions[0] == "a corrected sentence"
+    assert "was packed from another state of" in caplog.text
+    packing.pack(datasets.files("rstp_reid", tmp_path), tmp_path, log=lambda line: None)
+    caplog.clear()
+    again = datasets.corpus("rstp_reid", tmp_path)
+    assert again.records == found.records and "packed" in again.source
+    assert not caplog.text
+
+
+def test_a_damaged_annotation_file_is_not_hidden_by_the_packed_form(tmp_path):
+    folder = miniature.write(tmp_path, "rstp_reid")
+    packing.pack(datasets.files("rstp_reid", tmp_path), tmp_path, log=lambda line: None)
+    annotation = folder / "data_captions.json"
+    annotation.write_text(annotation.read_text()[:-20])
+    with pytest.raises(records.DataError, match="not valid JSON"):
+        datasets.corpus("rstp_reid", tmp_path)
+    annotation.unlink()
+    assert len(datasets.corpus("rstp_reid", tmp_path).records) == 22

@@ -227,12 +227,19 @@ def test_only_other_sizes_are_named(altered):
 
 @FORMS
 def test_another_version_is_said(altered, resize):
-    folder = _folder(altered, resize)
-    folder.rename(folder.with_name("2.0.0"))
+    for form in {resize, None}:
+        folder = _folder(altered, form)
+        folder.rename(folder.with_name("2.0.0"))
     with pytest.raises(
         records.DataError, match=r"was packed in version 2\.0\.0 .* reads version 1\.0\.0; pack"
     ):
         packed.find(altered, "cuhk_pedes", resize)
+
+
+def test_another_version_of_one_form_is_passed_over_for_the_other(altered):
+    folder = _folder(altered, SIZE)
+    folder.rename(folder.with_name("2.0.0"))
+    assert packed.find(altered, "cuhk_pedes", SIZE) == _folder(altered, None)
 
 
 def _edit_manifest(folder, **changes):

@@ -155,10 +155,11 @@ def test_train_on_all_keeps_the_same_val_and_says_so(caplog):
     assert "trained on too (train_on_all), so figures on val are not unseen" in caplog.text
 
 
-def test_train_on_all_leaves_a_val_of_the_file_alone():
+def test_train_on_all_is_refused_where_the_file_has_a_val_of_its_own():
     corpus = _people({"train": 5, "val": 2, "test": 3}, "icfg_pedes")
-    assert records.select(corpus, "train", train_on_all=True).original_ids == (0, 1, 2, 3, 4)
-    assert records.select(corpus, "val").original_ids == (5, 6)
+    with pytest.raises(records.DataError, match="has a val split of its own, so train_on_all"):
+        records.select(corpus, "train", train_on_all=True)
+    assert records.select(corpus, "val", train_on_all=True).original_ids == (5, 6)
 
 
 def test_own_data_without_splits_is_drawn_by_identity_and_says_so(caplog):
