@@ -274,7 +274,11 @@ def _delete_json(step_folder):
 
 
 def _delete_data(step_folder):
-    _largest_file(step_folder / "state").unlink()
+    # All of it: which array lies in which file differs from save to save.
+    files = [p for p in (step_folder / "state").rglob("d/*") if p.is_file()]
+    assert files
+    for path in files:
+        path.unlink()
 
 
 def _delete_tree_description(step_folder):
