@@ -152,7 +152,7 @@ def ranked_and_written(
         interrupts=interrupt.Interrupts(),
         log=log.append,
     )
-    train.test(this, {}, 0.5, [split])
+    train.test(this, {}, 0.5, [split], "val")
     return tiny.results(path), log[-1]
 
 

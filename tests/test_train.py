@@ -638,9 +638,9 @@ def test_the_test_split_is_encoded_once_and_only_after_training(fast, data, tmp_
     events = []
     encode, record = train.encode_and_rank, meter.Meter.record
 
-    def encoding(this, variables, split):
+    def encoding(this, variables, split, alpha):
         events.append(split.split)
-        return encode(this, variables, split)
+        return encode(this, variables, split, alpha)
 
     def recording(self, metrics):
         events.append(self.step + 1)
