@@ -335,7 +335,8 @@ def _read_progress(work: epath.Path, digest: str) -> dict[str, dict[str, Any]]:
             progress = {}
         files = progress.get("files", {}) if progress.get("annotations") == digest else {}
         kept = {}
-        for path in work.iterdir():
+        # In an object store, a folder without files does not exist, whatever mkdir did.
+        for path in work.iterdir() if work.exists() else ():
             file = files.get(path.name)
             if file and path.stat().length == file["bytes"]:
                 kept[path.name] = file
