@@ -169,7 +169,7 @@ def run(
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
         variables = weights.fit(best, variables_of(template), log)
-        test(this, variables, alpha, test_splits, best.meta["protocol"])
+        test(this, variables, alpha, test_splits, best.protocol)
     directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
@@ -207,7 +207,7 @@ def evaluate_only(
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']} of {source}.")
     with interrupts.checked_work():
-        test(this, variables, alpha, test_splits, best.meta["protocol"])
+        test(this, variables, alpha, test_splits, best.protocol)
 
 
 def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:

@@ -23,6 +23,11 @@ class Weights(NamedTuple):
     num_identities: int  # that its classifiers know
     meta: dict[str, Any]  # of the checkpoint: epoch, best_alpha, …
 
+    @property
+    def protocol(self) -> str:
+        """By which epoch and fusion weight were chosen."""
+        return self.meta.get("protocol", "val")  # the first checkpoints do not say
+
 
 def read(source: pathlib.Path, log: Callable[[str], None]) -> Weights:
     """The best checkpoint of a work directory (or of its `checkpoints` folder).
