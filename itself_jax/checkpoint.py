@@ -145,8 +145,10 @@ class Checkpoints:
             self._move_aside(damaged)
         return restored
 
-    def restore_best(self, parts: Collection[str]) -> Restored | None:
+    def restore_best(self, parts: Collection[str], *, scored: bool = True) -> Restored | None:
         """The checkpoint with the highest score, or None if no checkpoint has a score.
+
+        With `scored=False` the newest will do where none has a score.
 
         `state` is read as it was saved, whatever the model: nested dicts of NumPy arrays, of the
         top-level entries `parts` alone, so that the optimiser's state need not be read; each is an
@@ -158,19 +160,19 @@ class Checkpoints:
           CheckpointError: every checkpoint is damaged.
         """
         self.wait()
-        scored, unscored, unreadable = [], [], []
+        rated, unrated, unreadable = [], [], []
         for slot in sorted(self._slots(), reverse=True):
             try:
                 score = _score(_read_document(self.folder / slot.name))
             except Exception:
                 unreadable.append(slot)
             else:
-                (unscored if score is None else scored).append((score, slot))
-        if not scored and not unreadable:
+                (unrated if score is None else rated).append((score, slot))
+        if not rated and not unreadable and (scored or not unrated):
             return None
         # An unreadable checkpoint may have been the best one, so it is named first.
-        scored.sort(key=lambda item: _rank(item[0], item[1].step), reverse=True)
-        order = unreadable + [slot for _, slot in scored + unscored]
+        rated.sort(key=lambda item: _rank(item[0], item[1].step), reverse=True)
+        order = unreadable + [slot for _, slot in rated + unrated]
         return self._restore(order, lambda path: _read_parts(path, parts))[0]
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class Model:
     text_length: int = 77
     vocab_size: int = 49408
     embed_dim: int = 512
-    activation: str = "quick_gelu"  # or "gelu"
+    activation: str | None = None  # "quick_gelu", "gelu"; None: as the weights, else quick_gelu
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -242,6 +242,22 @@ def from_dict(settings: ml_collections.ConfigDict | Mapping[str, Any]) -> Config
     return config
 
 
+def replace(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The configuration with other values for some flat keys, e.g. {"model.patch_size": 32}.
+
+    Raises:
+      ConfigError: as `from_dict`.
+    """
+    settings = to_dict(config)
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        node = settings
+        for group in groups:
+            node = node[group]
+        node[name] = value
+    return from_dict(settings)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The settings as nested plain dicts (tuples become lists), as `config.json` holds them."""
     result = {}
@@ -369,7 +385,7 @@ def _validate(config: Config) -> None:
     one_of("micro_batches", config.micro_batches, (1,))
     one_of("freeze_layers", config.freeze_layers, (0,))
     one_of("mesh.model", config.mesh.model, (1,))
-    one_of("model.activation", model.activation, ("quick_gelu", "gelu"))
+    one_of("model.activation", model.activation, (None, "quick_gelu", "gelu"))
     one_of("loss.mismatch_label", config.loss.mismatch_label, ("batch_max", "extra_class"))
     one_of("eval.protocol", config.eval.protocol, ("val", "paper"))
     one_of("eval.captions", config.eval.captions, ("all", "single"))

@@ -292,12 +292,14 @@ def compile_step(
 
 
 def compile_encoders(
-    training: Training, template: TrainState, mesh: jax.sharding.Mesh
+    training: Training, variables: Any, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Image and text encoder for batches of `eval.batch_size`."""
+    """Image and text encoder for batches of `eval.batch_size`.
+
+    variables: shapes and places of "params" and "batch_stats"; classifiers may be absent.
+    """
     config = training.config
     rows = sharding.batch(mesh)
-    variables = {"params": template.params, "batch_stats": template.batch_stats}
     b = config.eval.batch_size
     if b % mesh.shape["data"]:
         raise config_lib.ConfigError(

@@ -13,6 +13,7 @@ import numpy as np
 from itself_jax import (
     checkpoint,
     evaluate,
+    fitting,
     interrupt,
     retrieval,
     sharding,
@@ -68,6 +69,7 @@ def run(
     started = time.monotonic()
     log = meter_lib.print_line
     directory = workdir.Workdir(path)
+    config, pretrained = start_from(config, directory, log)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     compute_dtype = step.compute_dtype(config.precision).name
     directory.claim(config, compute_dtype, log)
@@ -79,7 +81,7 @@ def run(
     validation_split = read_split(config, config.dataset, validation_name(config), log)
     # Read now, used at the end: hours of training must not end at a misspelt folder.
     test_splits = read_test_splits(config, log)
-    words = tokenizer.Tokenizer(config.model.text_length)
+    words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     stream = pipeline.TrainStream(
         train_split,
         words,
@@ -104,13 +106,13 @@ def run(
         ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
         last_step = int(ends[(config.last_epoch or config.num_epochs) - 1])
         log(describe(config, train_split, last_step, template, mesh))
-        encoders = step.compile_encoders(training, template, mesh)
+        encoders = step.compile_encoders(training, variables_of(template), mesh)
         train_step = step.compile_step(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
 
     with checkpoint.Checkpoints(directory.checkpoints, log=log) as checkpoints:
         with interrupts.compilation():
-            state, progress = restore_or_init(this, checkpoints, template)
+            state, progress = restore_or_init(this, checkpoints, template, pretrained)
         # Last of all that may fail at the start: until then another configuration may try again.
         directory.describe(config, compute_dtype)
         saved = (int(state.step), progress.validated)
@@ -164,11 +166,11 @@ def run(
                 batches.close()
             checkpoints.wait()
 
-    best = weights.read(directory.path, log)
+    best = weights.of_run(directory.path, log)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
-        variables = weights.fit(best, variables_of(template), log)
+        variables = fitting.fit(best, variables_of(template), config.model, log)
         test(this, variables, alpha, test_splits, best.protocol)
     directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
@@ -179,35 +181,70 @@ def evaluate_only(
 ) -> None:
     """`--mode=eval`: tests the best checkpoint of `path`, or the weights of `config.init_from`.
 
-    Never refuses a changed configuration that leaves the arrays' shapes alone. The fusion weight is
-    the one chosen on validation in training, unless `eval.alpha` is set.
+    The sizes of the model are those of the weights. The fusion weight is `eval.alpha`, else the one
+    chosen in training, else (weights of other programs do not say) chosen here as `eval.protocol`
+    says.
 
     Raises:
-      ConfigError, DataError, WorkdirError, CheckpointError: one sentence each.
+      ConfigError, DataError, WorkdirError, WeightsError, WeightFileError, CheckpointError: one
+        sentence each.
       Interrupted: a signal came.
     """
     log = meter_lib.print_line
     directory = workdir.Workdir(path)
+    if config.init_from is None:
+        best = weights.of_run(directory.path, log)
+    else:
+        best = weights.open_(config.init_from, log)
+    config = fitting.resolve(config, best, log, training=False)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
-    source = directory.path
-    if config.init_from is not None:
-        source = pathlib.Path(config.init_from).expanduser()
     test_splits = read_test_splits(config, log)
-    words = tokenizer.Tokenizer(config.model.text_length)
-    best = weights.read(source, log)
+    alpha = best.meta.get("best_alpha") if config.eval.alpha is None else config.eval.alpha
+    chooses = alpha is None and config.local.enabled
+    if chooses:
+        validation_split = read_split(config, config.dataset, validation_name(config), log)
+    words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     with interrupts.compilation():
-        # The identities are those of the weights: another data set's are never needed to test.
-        training = step.make(
-            config, num_identities=best.num_identities, steps_per_epoch=(1,) * config.num_epochs
-        )
-        template = step.state_template(training, mesh)
-        variables = weights.fit(best, variables_of(template), log)
+        # Classifiers are not needed, so no data set's identities are.
+        training = step.make(config, num_identities=1, steps_per_epoch=(1,) * config.num_epochs)
+        template = fitting.encoders_only(variables_of(step.state_template(training, mesh)))
+        variables = fitting.fit(best, template, config.model, log)
         encoders = step.compile_encoders(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
-    alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
-    log(f"Testing epoch {best.meta['epoch']} of {source}.")
     with interrupts.checked_work():
-        test(this, variables, alpha, test_splits, best.protocol)
+        if chooses:
+            alpha = retrieval.choose_alpha(encode_and_rank(this, variables, validation_split, None))
+            log(f"The fusion weight α = {alpha:g} is chosen on {validation_name(config)}.")
+        log(f"Testing {describe_weights(best)}.")
+        test(this, variables, alpha, test_splits, best.protocol or config.eval.protocol)
+
+
+def start_from(
+    config: config_lib.Config, directory: workdir.Workdir, log: Log
+) -> tuple[config_lib.Config, weights.Weights | None]:
+    """The weights of `init_from`, and the configuration with their sizes.
+
+    A run that goes on has its sizes in its `config.json` and needs no file any more.
+    """
+    if config.init_from is None:
+        activation = config.model.activation or "quick_gelu"
+        return config_lib.replace(config, {"model.activation": activation}), None
+    saved = directory.saved_config()
+    if saved is not None and saved["config"].get("init_from") == config.init_from:
+        before = config_lib.flatten(saved["config"])
+        sizes = {key: before[key] for key in weights.SIZES if key in before}
+        return config_lib.replace(config, sizes), None
+    found = weights.open_(config.init_from, log)
+    return fitting.resolve(config, found, log, training=True), found
+
+
+def describe_weights(found: weights.Weights) -> str:
+    """Which weights are tested, for the log."""
+    epoch = found.meta.get("epoch")
+    where = f"epoch {epoch} of {found.source}" if epoch is not None else str(found.source)
+    if found.protocol is not None:
+        return where
+    return f"{where} ({found.kind}; who trained it chose the epoch, the published code on test)"
 
 
 def read_split(config: config_lib.Config, dataset: str, split: str, log: Log) -> records.Split:
@@ -280,9 +317,12 @@ def variables_of(state: step.TrainState) -> dict[str, Any]:
 
 
 def restore_or_init(
-    this: Run, checkpoints: checkpoint.Checkpoints, template: step.TrainState
+    this: Run,
+    checkpoints: checkpoint.Checkpoints,
+    template: step.TrainState,
+    pretrained: weights.Weights | None,
 ) -> tuple[step.TrainState, Progress]:
-    """The newest intact checkpoint with its metrics, or a fresh start."""
+    """The newest intact checkpoint with its metrics, or a fresh start (from `pretrained`)."""
     restored = checkpoints.restore_latest(template)
     if restored is None:
         this.workdir.cut_metrics(0, validated=False)
@@ -291,17 +331,17 @@ def restore_or_init(
         )
         state = init(this.config.seed)
         if this.config.init_from is not None:
-            source = weights.read(pathlib.Path(this.config.init_from).expanduser(), this.log)
+            # A run that was killed before it saved anything has `config.json` but no checkpoint.
+            pretrained = pretrained or weights.open_(this.config.init_from, this.log)
             fresh = variables_of(state)
-            state = state._replace(
-                **weights.fit(source, variables_of(template), this.log, fresh=fresh)
-            )
+            model = this.config.model
+            fitted = fitting.fit(pretrained, variables_of(template), model, this.log, fresh=fresh)
+            state = state._replace(**fitted)
         elif this.config.dataset != "synthetic":
             this.log(
                 "WARNING: config.init_from is not set, so the encoders start from random numbers. "
-                "The published settings and results need CLIP's weights (ViT-B/16 of "
-                "github.com/openai/CLIP), which this version cannot read yet; config.init_from "
-                "takes the work directory of another run."
+                "The published settings and results need CLIP's weights: set config.init_from to "
+                "ViT-B-16.pt of github.com/openai/CLIP, or a CLIP of Hugging Face or open_clip."
             )
         return state, Progress(protocol=this.config.eval.protocol)
     progress = Progress(**{name: restored.meta[name] for name in Progress._fields})

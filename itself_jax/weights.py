@@ -1,125 +1,349 @@
-"""Weights that were trained elsewhere, fitted to a run: to start from, or to be evaluated."""
+"""Weights that were trained elsewhere, by the names of our parameters; `fitting` uses them.
 
+`open_` takes everything that `config.init_from` may name: a work directory or its checkpoints, and
+the files of other programs (`weight_files` reads them, `dialects` knows their names).
+"""
+
+import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from itself_jax import checkpoint
-from itself_jax.models import clip
+from itself_jax import checkpoint, dialects, weight_files
+from itself_jax import config as config_lib
 
-_TEXT_POSITIONS = "params/text_encoder/position_embedding"
-_HEADS = ("params/global_heads/", "params/local_heads/")
+# What weights say about a configuration; pictures, stride and text length are the run's own.
+SIZES = (
+    *("model.patch_size", "model.vision_width", "model.vision_depth", "model.vision_heads"),
+    *("model.text_width", "model.text_depth", "model.text_heads", "model.vocab_size"),
+    *("model.embed_dim", "model.activation", "local.dim"),
+)
+_HEAD_WIDTH = 64  # of every CLIP, where a file does not say how many heads there are
+IMAGE_POSITIONS = "params/image_encoder/position_embedding"
+TEXT_POSITIONS = "params/text_encoder/position_embedding"
+HEADS = ("params/global_heads/", "params/local_heads/")
+LOCAL = tuple(
+    f"{collection}/{part}/"
+    for collection in ("params", "batch_stats")
+    for part in ("image_grab", "text_grab", "local_heads")
+)
+# What `describe` writes beside arrays of a foreign layout, and the checkpoint of a conversion.
+DESCRIPTION = "itself_jax"
+_PROGRESS = ("num_epoch", "iteration", "epoch", "best_alpha")  # kept beside converted arrays
+
+Log = Callable[[str], None]
+
+
+class WeightsError(RuntimeError):
+    """Weights cannot be used here; the message is one sentence for the user."""
 
 
 class Weights(NamedTuple):
-    """What a model needs to encode, as nested dicts of NumPy arrays."""
+    """What was found, by the names of our parameters. Arrays may still lie in their file.
+
+    kind: for the log, e.g. "torch.save (zip), ITSELF".
+    dialect: None for our own checkpoints.
+    names: what the file calls each array.
+    dropped: arrays of the file that mean nothing here, with reasons.
+    sizes: keys of `SIZES`; a number of heads may be None where nobody says it.
+    config: `model` and `local` of the run that made them, where that is known.
+    num_identities: that its classifiers know; None: it has none.
+    meta: num_epoch, iteration, epoch, best_alpha, protocol, as far as known.
+    """
 
     source: pathlib.Path
-    variables: dict[str, Any]  # "params" and "batch_stats"
-    num_identities: int  # that its classifiers know
-    meta: dict[str, Any]  # of the checkpoint: epoch, best_alpha, …
+    kind: str
+    dialect: dialects.Dialect | None
+    arrays: dict[str, dialects.Array]
+    names: dict[str, tuple[str, ...]]
+    dropped: dict[str, str]
+    sizes: dict[str, Any]
+    config: config_lib.Config | None
+    num_identities: int | None
+    meta: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
-    def protocol(self) -> str:
-        """By which epoch and fusion weight were chosen."""
+    def protocol(self) -> str | None:
+        """By which epoch and fusion weight were chosen; None: not in a run of this project."""
+        if self.dialect is not None:
+            return None
         return self.meta.get("protocol", "val")  # the first checkpoints do not say
 
+    @property
+    def text_length(self) -> int:
+        """Positions of a caption."""
+        return self.arrays[TEXT_POSITIONS].shape[0]
 
-def read(source: pathlib.Path, log: Callable[[str], None]) -> Weights:
-    """The best checkpoint of a work directory (or of its `checkpoints` folder).
+    @property
+    def has_local(self) -> bool:
+        return any(name.startswith(LOCAL) for name in self.arrays)
+
+
+def open_(source: str | os.PathLike, log: Log) -> Weights:
+    """Whatever `config.init_from` names. Arrays of foreign files are read when they are needed.
+
+    Raises:
+      WeightsError, WeightFileError, CheckpointError: it is nothing that can be understood here,
+        damaged, or of an unknown layout; one sentence each.
+    """
+    source = pathlib.Path(source).expanduser()
+    if _is_checkpoint_folder(source) or _is_checkpoint_folder(source / "checkpoints"):
+        return of_run(source, log)
+    file = weight_files.read(source)
+    try:
+        mapped = dialects.read(file.tensors)
+        stated = _description(source, file.metadata) or dialects.stated(file.config or {})
+    except dialects.DialectError as error:
+        raise WeightsError(f"{source}: {error}.") from error
+    arrays = mapped.arrays
+    sizes = _sizes(source, mapped, stated)
+    notes = list(file.notes)
+    if sizes["model.activation"] is None:
+        sizes["model.activation"] = mapped.dialect.activation
+        if mapped.dialect is dialects.OPENAI and not _is_by_openai(file):
+            notes.append(
+                f"WARNING: nothing in it says which activation it was trained with; "
+                f"{mapped.dialect.activation} is taken, as in OpenAI's CLIP. Set model.activation "
+                "if this is wrong (open_clip: gelu, unless its model's name ends in -quickgelu)."
+            )
+    return Weights(
+        source=source,
+        kind=f"{file.kind}, {mapped.dialect.name}",
+        dialect=mapped.dialect,
+        arrays=arrays,
+        names=mapped.names,
+        dropped=mapped.dropped,
+        sizes=sizes,
+        config=_run_config(stated.get("config")),
+        num_identities=_num_identities(arrays),
+        meta={**file.metadata, **_progress(stated)},
+        notes=tuple(notes),
+    )
+
+
+def of_run(source: pathlib.Path, log: Log) -> Weights:
+    """The best checkpoint of a work directory, of its `checkpoints` folder, or of a conversion.
 
     Raises:
       CheckpointError: there is none, or all are damaged.
     """
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    if not folder.is_dir():
-        raise checkpoint.CheckpointError(
-            f"{source} is not a work directory of itself_jax: other kinds of weights cannot be "
-            "read yet; give a directory that `itself_jax.main` has trained in."
-        )
-    found = checkpoint.Checkpoints(folder, log=log).restore_best(("params", "batch_stats"))
+    checkpoints = checkpoint.Checkpoints(folder, log=log)
+    parts = ("params", "batch_stats")
+    found = checkpoints.restore_best(parts) if folder.is_dir() else None
+    if found is None and folder.is_dir():
+        found = checkpoints.restore_best(parts, scored=False)
+        if found is not None and DESCRIPTION not in found.meta:
+            found = None  # a run that was stopped before its first validation
     if found is None:
         raise checkpoint.CheckpointError(
             f"{folder} holds no validated checkpoint: train there first, or set config.init_from."
         )
-    variables = {"batch_stats": {}, **found.state}  # without the local branch there is no BatchNorm
-    classifier = variables["params"]["global_heads"]["identity_classifier"]["kernel"]
-    return Weights(source, variables, classifier.shape[1] - 1, found.meta)
+    arrays = {name: _Held(array) for name, array in flat(found.state).items()}
+    described = found.meta.get(DESCRIPTION, {})
+    settings = described.get("config") or _settings_beside(folder)
+    config = _run_config(settings)
+    if config is not None:
+        described = {**config_lib.flatten(config_lib.to_dict(config)), **described}
+    sizes = _sizes(source, dialects.Mapped(None, arrays, {}, {}), described)
+    sizes["model.activation"] = sizes["model.activation"] or "quick_gelu"
+    return Weights(
+        source=source,
+        kind="checkpoint of itself_jax",
+        dialect=None,
+        arrays=arrays,
+        names={name: (name,) for name in arrays},
+        dropped={},
+        sizes=sizes,
+        config=config,
+        num_identities=_num_identities(arrays),
+        meta={
+            "num_epoch": settings.get("num_epochs", 0),
+            "iteration": found.step,
+            **found.meta,
+            **_progress(described),
+        },
+    )
 
 
-def fit(
-    weights: Weights,
-    template: Mapping[str, Any],
-    log: Callable[[str], None],
-    *,
-    fresh: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """The weights as arrays of the run's model, placed as `template` says.
-
-    Text positions are resized to the run's length, with one line in the log. Classifiers of
-    another number of identities are replaced by those of `fresh`, also with a line.
-
-    Args:
-      weights: what `read` returned.
-      template: "params" and "batch_stats" of the run, as shapes with shardings.
-      log: takes one line per change.
-      fresh: freshly initialised variables of the run; None: the classifiers must fit.
+def read(weights: Weights, name: str, array: dialects.Array) -> np.ndarray:
+    """One array as the model keeps it: float32, or int32 for a count.
 
     Raises:
-      CheckpointError: an array is missing, left over, or of another shape, named with both shapes.
+      WeightsError: it holds NaN or infinity, or a number that is not whole where a count is due.
     """
-    wanted, given = _flat(template), _flat(weights.variables)
-    result, renewed = {}, False
-    for name in [*wanted, *given]:
-        if name in result:
-            continue
-        here = wanted[name].shape if name in wanted else None
-        there = given[name].shape if name in given else None
-        if name == _TEXT_POSITIONS and None not in (here, there) and here != there:
-            given[name] = _resize_positions(weights, given[name], here[0], log)
-            there = given[name].shape
-        if here != there and fresh is not None and name.startswith(_HEADS) and here is not None:
-            result[name], renewed = _flat(fresh)[name], True
-            continue
-        if here != there:
-            raise checkpoint.CheckpointError(
-                f"{weights.source} belongs to another model: {name} is "
-                f"{'absent' if there is None else list(there)} there and "
-                f"{'absent' if here is None else list(here)} here; use the config.model and "
-                "config.local that it was trained with."
-            )
-        result[name] = jax.device_put(given[name], wanted[name].sharding)
-    if renewed:
-        log(
-            f"{weights.source} knows {weights.num_identities} identities, this run has others: "
-            "the classifiers start anew."
+    values = array.read()
+    called = weights.names.get(name, (name,))
+    if name.endswith("batches"):
+        return values.astype(np.int32)
+    if values.dtype.kind not in "fV" and values.dtype.name != "bfloat16":
+        raise WeightsError(
+            f"{weights.source}: {called[0]} holds {values.dtype.name}, not floating-point numbers; "
+            "it is no weight of this model."
         )
-    paths, tree = jax.tree_util.tree_flatten_with_path(dict(template))
-    return jax.tree.unflatten(tree, [result[_name(path)] for path, _ in paths])
+    # Nearly every file has float16 somewhere: what is computed with is float32.
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        bad = int(values.size - np.isfinite(values).sum())
+        raise WeightsError(
+            f"{weights.source}: {', '.join(called)} holds {bad} values that are NaN or infinite; "
+            "its training diverged or the file is damaged: use an earlier checkpoint."
+        )
+    return values
 
 
-def _resize_positions(
-    weights: Weights, positions: np.ndarray, length: int, log: Callable[[str], None]
-) -> np.ndarray:
-    """Cut or stretched and said so; as they are when there is no tail to stretch."""
-    t, kept = len(positions), clip.KEPT_POSITIONS
-    if t <= kept and length > t:
-        return positions
-    what = "cut" if length < t else f"stretched behind the first {kept}"
-    log(
-        f"model.text_length={length}, but {weights.source} was trained with {t}: its text "
-        f"positions were {what}."
+def describe(weights: Weights, config: config_lib.Config) -> dict[str, Any]:
+    """What no layout says of itself, for a JSON field beside the arrays; read back by `open_`.
+
+    Heads and activation, as `config` has them; of a run of this project also its settings of
+    `model` and `local` (grid of the positions, source and size of the bank), epoch and fusion
+    weight.
+    """
+    description = {
+        f"model.{name}": getattr(config.model, name)
+        for name in ("vision_heads", "text_heads", "activation")
+    }
+    if weights.config is not None:
+        made_with = config_lib.to_dict(config_lib.replace(weights.config, description))
+        description["config"] = {group: made_with[group] for group in ("model", "local")}
+    return description | _progress(weights.meta)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """{"params/image_encoder/…": leaf} of nested dicts."""
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree))}
+
+
+def listed(items: list[str], most: int = 30) -> str:
+    """Items as one text, at most `most` of them."""
+    more = f"; and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more
+
+
+class _Held:
+    """An array that is in memory already."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self.shape, self.dtype = tuple(array.shape), array.dtype
+
+    def read(self) -> np.ndarray:
+        return self._array
+
+
+def _is_checkpoint_folder(folder: pathlib.Path) -> bool:
+    try:
+        return any(
+            (entry / "state").is_dir() and entry.name[0].isdigit() for entry in folder.iterdir()
+        )
+    except OSError:
+        return False
+
+
+def _run_config(settings: Any) -> config_lib.Config | None:
+    """The part of a run's configuration that its arrays depend on; None: there is none."""
+    try:
+        known = {group: settings[group] for group in ("model", "local")}
+        return config_lib.from_dict(known)
+    except (KeyError, TypeError, config_lib.ConfigError):
+        return None  # of another version: the arrays themselves say most of it
+
+
+def _settings_beside(folder: pathlib.Path) -> dict[str, Any]:
+    """From the `config.json` of the work directory around a folder of checkpoints; {} without."""
+    for place in (folder.parent, folder):
+        try:
+            return {**json.loads((place / "config.json").read_text(encoding="utf-8"))["config"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def _progress(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: meta[key] for key in _PROGRESS if key in meta}
+
+
+def _description(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe` wrote."""
+    if DESCRIPTION not in metadata:
+        return {}
+    try:
+        return {**json.loads(metadata[DESCRIPTION])}
+    except (TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{source}: field {DESCRIPTION!r} is {metadata[DESCRIPTION]!r}, not the JSON that a "
+            "conversion writes there; convert the weights again."
+        ) from error
+
+
+def _is_by_openai(file: weight_files.TensorFile) -> bool:
+    return file.kind == "TorchScript" or "input_resolution" in file.tensors
+
+
+def _sizes(
+    source: pathlib.Path, mapped: dialects.Mapped, stated: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sizes from the arrays' shapes; heads and activation as `stated`, heads else by CLIP's rule.
+
+    Raises:
+      WeightsError: an array that says one is missing or has another rank.
+    """
+
+    def shape(path: str, rank: int) -> tuple[int, ...]:
+        found = mapped.arrays[path].shape if path in mapped.arrays else None
+        if found is None or len(found) != rank:
+            called = dialects.spell(mapped.dialect, path)[0] if mapped.dialect else path
+            what = "is missing" if found is None else f"has shape {list(found)}, not {rank} axes"
+            raise WeightsError(
+                f"{source}: {called} {what}, so the model's sizes are not known; the file is "
+                "incomplete or of another model."
+            )
+        return found
+
+    image, text = "params/image_encoder/", "params/text_encoder/"
+    rows, columns, _, vision_width = shape(f"{image}patch_embedding/kernel", 4)
+    if rows != columns:
+        raise WeightsError(
+            f"{source}: patches of {rows}x{columns} pixels, but only square ones fit."
+        )
+    vocab_size, text_width = shape(f"{text}token_embedding/embedding", 2)
+    sizes = {
+        "model.patch_size": rows,
+        "model.vision_width": vision_width,
+        "model.vision_depth": _depth(mapped.arrays, image),
+        "model.text_width": text_width,
+        "model.text_depth": _depth(mapped.arrays, text),
+        "model.vocab_size": vocab_size,
+        "model.embed_dim": shape(f"{image}projection", 2)[1],
+        "model.activation": stated.get("model.activation"),
+        "local.dim": None,
+    }
+    for tower in ("vision", "text"):
+        width = sizes[f"model.{tower}_width"]
+        by_rule = None if width % _HEAD_WIDTH else width // _HEAD_WIDTH
+        sizes[f"model.{tower}_heads"] = stated.get(f"model.{tower}_heads") or by_rule
+    if any(name.startswith(LOCAL) for name in mapped.arrays):
+        sizes["local.dim"] = shape("params/image_grab/skip/kernel", 2)[1]
+    return sizes
+
+
+def _depth(arrays: Mapping[str, Any], tower: str) -> int:
+    stem = f"{tower}transformer/layer_"
+    layers = (name[len(stem) :].split("/")[0] for name in arrays if name.startswith(stem))
+    return 1 + max(map(int, layers), default=-1)
+
+
+def _num_identities(arrays: Mapping[str, dialects.Array]) -> int | None:
+    classifier = arrays.get("params/global_heads/identity_classifier/kernel")
+    return (
+        classifier.shape[1] - 1 if classifier is not None and len(classifier.shape) == 2 else None
     )
-    return np.asarray(clip.resize_text_positions(jnp.asarray(positions), length))
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(dict(tree))}
-
-
-def _name(path: Any) -> str:
+def name_of(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -49,14 +49,26 @@ class Tokenizer:
     Args:
       text_length: number of ids per text, SOT and EOT included; at least 2.
       vocabulary: CLIP's `bpe_simple_vocab_16e6.txt.gz`.
+      vocab_size: ids that the model knows.
 
     Raises:
-      records.DataError: the vocabulary file is missing or altered.
+      records.DataError: the vocabulary file is missing or altered, or larger than the model's.
     """
 
-    def __init__(self, text_length: int = 77, vocabulary: str | pathlib.Path = DEFAULT_PATH):
+    def __init__(
+        self,
+        text_length: int = 77,
+        vocabulary: str | pathlib.Path = DEFAULT_PATH,
+        *,
+        vocab_size: int = VOCAB_SIZE,
+    ):
         if text_length < 2:
             raise ValueError(f"text_length={text_length} must be at least 2, for SOT and EOT.")
+        if vocab_size < VOCAB_SIZE:  # JAX would clip the ids and say nothing
+            raise records.DataError(
+                f"config.model.vocab_size={vocab_size}: the model knows fewer ids than the "
+                f"{VOCAB_SIZE} of CLIP's vocabulary; use weights that were trained with all of it."
+            )
         self.text_length = text_length
         self._vocabulary = pathlib.Path(vocabulary)
         self._pieces, self._ids, self._ranks = _load_vocabulary(self._vocabulary)

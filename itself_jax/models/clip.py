@@ -35,33 +35,39 @@ def end_of_text(ids: Int[Array, "b t"]) -> Int[Array, " b"]:
 
 
 def resize_position_embedding(
-    embedding: Float[Array, "n d"], grid: tuple[int, int]
+    embedding: Float[Array, "n d"],
+    grid: tuple[int, int],
+    source_grid: tuple[int, int] | None = None,
 ) -> Float[Array, "m d"]:
-    """Resizes a square pre-training grid of positions to (rows, columns); the CLS row is kept.
+    """Resizes patch positions from their grid to (rows, columns); the CLS row is kept.
 
     Bilinear with half-pixel centres and *no* antialias, as `torch.nn.functional.interpolate`
     (method section 1): `jax.image.resize` antialiases by default, which is 41 % off here.
 
+    Args:
+      embedding: CLS and the patches, row by row.
+      grid: the one wanted.
+      source_grid: the one that `embedding` has; None: a square, as in pre-training.
+
     Raises:
-      ValueError: the patches of `embedding` do not form a square.
+      ValueError: the patches of `embedding` do not form the source grid.
     """
-    side = round((embedding.shape[0] - 1) ** 0.5)
-    if side * side != embedding.shape[0] - 1:
-        raise ValueError(
-            f"{embedding.shape[0] - 1} patch positions do not form a square grid; "
-            "a pre-training grid is expected."
-        )
-    if (side, side) == tuple(grid):
+    n, d = embedding.shape
+    side = round((n - 1) ** 0.5)
+    rows, columns = source_grid or (side, side)
+    if rows * columns != n - 1:
+        shape = "a square" if source_grid is None else f"a {rows}x{columns}"
+        raise ValueError(f"{n - 1} patch positions do not form {shape} grid.")
+    if (rows, columns) == tuple(grid):
         return embedding
-    square = embedding[1:].reshape(side, side, -1)
     resized = jax.image.resize(
-        square,
-        (*grid, square.shape[-1]),
+        embedding[1:].reshape(rows, columns, d),
+        (*grid, d),
         "bilinear",
         antialias=False,
         precision=jax.lax.Precision.HIGHEST,
     )
-    return jnp.concatenate([embedding[:1], resized.reshape(-1, square.shape[-1])])
+    return jnp.concatenate([embedding[:1], resized.reshape(-1, d)])
 
 
 def resize_text_positions(embedding: Float[Array, "t d"], length: int) -> Float[Array, "u d"]:

@@ -85,6 +85,7 @@ class ITSELF(nn.Module):
 
     def setup(self) -> None:
         model = self.model
+        activation = model.activation or "quick_gelu"  # CLIP's own
         self.image_encoder = clip.ImageEncoder(
             image_size=model.image_size,
             patch_size=model.patch_size,
@@ -93,7 +94,7 @@ class ITSELF(nn.Module):
             depth=model.vision_depth,
             heads=model.vision_heads,
             embed_dim=model.embed_dim,
-            activation=model.activation,
+            activation=activation,
             dtype=self.dtype,
         )
         self.text_encoder = clip.TextEncoder(
@@ -103,7 +104,7 @@ class ITSELF(nn.Module):
             depth=model.text_depth,
             heads=model.text_heads,
             embed_dim=model.embed_dim,
-            activation=model.activation,
+            activation=activation,
             dtype=self.dtype,
         )
         classes = self.num_identities + 1
