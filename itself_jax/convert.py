@@ -46,6 +46,10 @@ _IMAGE_SIZE = flags.DEFINE_string(
     "image_size", None, "HxW that SRC was trained with, where its positions leave that open."
 )
 _STRIDE = flags.DEFINE_integer("stride", None, "As --image_size.", lower_bound=1)
+_VISION_HEADS = flags.DEFINE_integer(
+    "vision_heads", None, "Of SRC, where the width is no multiple of 64.", lower_bound=1
+)
+_TEXT_HEADS = flags.DEFINE_integer("text_heads", None, "As --vision_heads.", lower_bound=1)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 _REJECTED = 2
@@ -142,7 +146,7 @@ def report(source: Source) -> list[str]:
     reasons = _count(source.absent.values()), _count(found.dropped.values())
     lines.append(
         f"arrays       {sum(map(len, found.names.values()))} mapped, "
-        f"{len(source.absent)} initialised{reasons[0]}, {len(found.dropped)} dropped{reasons[1]}"
+        f"{len(source.absent)} absent{reasons[0]}, {len(found.dropped)} dropped{reasons[1]}"
     )
     parts = {"encoders": 0, "local branch": 0, "classifiers": 0}
     for name, array in found.arrays.items():
@@ -347,7 +351,7 @@ def _write_checkpoint(
         node = state
         for folder in folders:
             node = node.setdefault(folder, {})
-        node[leaf] = array.read()
+        node[leaf] = jax.device_put(array.read())  # Orbax copies NumPy arrays, but not these
     meta = {"score": None, weights.DESCRIPTION: dict(description), "kind": source.weights.kind}
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -381,6 +385,8 @@ def _given() -> dict[str, Any]:
         "model.activation": _ACTIVATION.value,
         "model.image_size": tuple(map(int, size.split("x"))) if size else None,
         "model.stride": _STRIDE.value,
+        "model.vision_heads": _VISION_HEADS.value,
+        "model.text_heads": _TEXT_HEADS.value,
     }
     return {key: value for key, value in given.items() if value is not None}
 

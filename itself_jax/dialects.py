@@ -9,7 +9,7 @@ stay in their files until somebody asks for them.
 import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class DialectError(ValueError):
     """The arrays of a file are not those of any model known here; a sentence for the user."""
 
 
+@runtime_checkable
 class Array(Protocol):
     """An array that may still lie in a file."""
 
@@ -207,15 +208,16 @@ ITSELF = Dialect(
     (_NO_LOCAL,),
 )
 
+# open_clip has the same names, unless a model of it is a CustomTextCLIP.
 OPENAI = Dialect(
-    "OpenAI CLIP",
+    "CLIP",
     ("visual.conv1.weight", "token_embedding.weight"),
     (*_clip(""), _TEMPERATURE, _CONSTANTS, _BUFFERS),
     (_NO_LOCAL, _NO_HEADS),
 )
 
-_OPEN_CLIP_CUSTOM = Dialect(
-    "open_clip",
+_CUSTOM_TEXT = Dialect(
+    "open_clip's CustomTextCLIP",
     ("visual.conv1.weight", "text.token_embedding.weight"),
     (*_clip("", text="text."), _TEMPERATURE, _BUFFERS),
     (_NO_LOCAL, _NO_HEADS),
@@ -280,8 +282,11 @@ _IRRA = Dialect(
     (_NO_LOCAL, _NO_HEADS),
 )
 
+# Our own checkpoints have our own names.
+OURS = Dialect("itself_jax", (), (), (_NO_LOCAL, _NO_HEADS))
+
 # The first whose signature is there: a published ITSELF file also has what IRRA's and RDE's have.
-DIALECTS = (ITSELF, _RDE, _IRRA, _HUGGING_FACE, _OPEN_CLIP_CUSTOM, OPENAI)
+DIALECTS = (ITSELF, _RDE, _IRRA, _HUGGING_FACE, _CUSTOM_TEXT, OPENAI)
 WRITABLE = {"published": ITSELF, "openai": OPENAI}
 
 # Arrays that the published code and OpenAI store as float16: linear layers, convolution and

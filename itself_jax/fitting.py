@@ -48,12 +48,16 @@ def resolve(
     for tower in ("vision", "text"):
         key, width = f"model.{tower}_heads", sizes[f"model.{tower}_width"]
         if sizes[key] is None:  # neither the file nor CLIP's rule says it
-            sizes[key] = getattr(config.model, f"{tower}_heads")
-            if width % sizes[key]:
+            sizes[key] = changes.get(key)
+            if width == getattr(config.model, f"{tower}_width"):
+                sizes[key] = sizes[key] or getattr(config.model, f"{tower}_heads")
+            if sizes[key] is None:
                 raise config_lib.ConfigError(
-                    f"config.{key}={sizes[key]} must divide the width {width} that "
-                    f"{found.source} has; set the number of heads it was trained with."
+                    f"config.{key} is not known: {found.source} does not say it, and its width "
+                    f"{width} is no multiple of 64; set config.{key} and config.model."
+                    f"{tower}_width={width} as it was trained with."
                 )
+            log(f"{found.source} does not say how many heads it has: {key}={sizes[key]}.")
     chosen = changes.get("model.activation", config.model.activation)
     stated = sizes["model.activation"]
     if chosen is not None:
@@ -159,13 +163,14 @@ def _account(
     """
     started: dict[str, str | None] = {}
     problems = []
+    absent = dialects.absent_reason
     for name, leaf in wanted.items():
         there = tuple(given[name].shape) if name in given else None
         if there == tuple(leaf.shape):
             continue
-        if there is not None and may_start and name.startswith(weights.HEADS):
+        if there and may_start and _differs_in_classes(name, there, tuple(leaf.shape)):
             started[name] = None
-        elif there is None and may_start and (reason := _may_lack(found, name)):
+        elif there is None and may_start and (reason := absent(found.dialect, name, found.arrays)):
             started[name] = reason
         else:
             problems.append(_problem(found, name, there, tuple(leaf.shape)))
@@ -184,33 +189,25 @@ def _account(
     return started
 
 
+def _differs_in_classes(name: str, there: tuple[int, ...], here: tuple[int, ...]) -> bool:
+    """Whether an array is a classifier's, and of another number of identities."""
+    is_classifier = name.startswith(weights.HEADS) and "_classifier/" in name
+    return is_classifier and len(there) == len(here) and there[:-1] == here[:-1]
+
+
 def _any(names: Iterable[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in names)
-
-
-def _may_lack(found: weights.Weights, name: str) -> str | None:
-    """Why an array may be missing from the weights; None: it may not."""
-    if found.dialect is not None:
-        return dialects.absent_reason(found.dialect, name, found.arrays)
-    # Our own checkpoints: a run without the local branch.
-    return (
-        "the run had no local branch"
-        if name.startswith(weights.LOCAL) and not found.has_local
-        else None
-    )
 
 
 def _problem(
     found: weights.Weights, name: str, there: tuple[int, ...] | None, here: tuple[int, ...] | None
 ) -> str:
     """One array that does not fit, by its name and shapes in the file."""
-    called = ", ".join(found.names.get(name, ()))
-    if found.dialect is not None:
-        called = called or ", ".join(dialects.spell(found.dialect, name))
-        there, here = (
-            shape and dialects.their_shape(found.dialect, name, shape) for shape in (there, here)
-        )
-    called = called or name
+    names = found.names.get(name) or dialects.spell(found.dialect, name) or (name,)
+    called = ", ".join(names)
+    there, here = (
+        shape and dialects.their_shape(found.dialect, name, shape) for shape in (there, here)
+    )
     if there is None:
         return f"{called} is missing, expected {list(here)}"
     if here is None:

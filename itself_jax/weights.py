@@ -46,7 +46,6 @@ class Weights(NamedTuple):
     """What was found, by the names of our parameters. Arrays may still lie in their file.
 
     kind: for the log, e.g. "torch.save (zip), ITSELF".
-    dialect: None for our own checkpoints.
     names: what the file calls each array.
     dropped: arrays of the file that mean nothing here, with reasons.
     sizes: keys of `SIZES`; a number of heads may be None where nobody says it.
@@ -57,7 +56,7 @@ class Weights(NamedTuple):
 
     source: pathlib.Path
     kind: str
-    dialect: dialects.Dialect | None
+    dialect: dialects.Dialect
     arrays: dict[str, dialects.Array]
     names: dict[str, tuple[str, ...]]
     dropped: dict[str, str]
@@ -70,7 +69,7 @@ class Weights(NamedTuple):
     @property
     def protocol(self) -> str | None:
         """By which epoch and fusion weight were chosen; None: not in a run of this project."""
-        if self.dialect is not None:
+        if self.dialect is not dialects.OURS:
             return None
         return self.meta.get("protocol", "val")  # the first checkpoints do not say
 
@@ -101,7 +100,7 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     except dialects.DialectError as error:
         raise WeightsError(f"{source}: {error}.") from error
     arrays = mapped.arrays
-    sizes = _sizes(source, mapped, stated)
+    sizes = _sizes(source, mapped.dialect, arrays, stated)
     notes = list(file.notes)
     if sizes["model.activation"] is None:
         sizes["model.activation"] = mapped.dialect.activation
@@ -150,12 +149,12 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
     config = _run_config(settings)
     if config is not None:
         described = {**config_lib.flatten(config_lib.to_dict(config)), **described}
-    sizes = _sizes(source, dialects.Mapped(None, arrays, {}, {}), described)
+    sizes = _sizes(source, dialects.OURS, arrays, described)
     sizes["model.activation"] = sizes["model.activation"] or "quick_gelu"
     return Weights(
         source=source,
         kind="checkpoint of itself_jax",
-        dialect=None,
+        dialect=dialects.OURS,
         arrays=arrays,
         names={name: (name,) for name in arrays},
         dropped={},
@@ -286,7 +285,10 @@ def _is_by_openai(file: weight_files.TensorFile) -> bool:
 
 
 def _sizes(
-    source: pathlib.Path, mapped: dialects.Mapped, stated: Mapping[str, Any]
+    source: pathlib.Path,
+    dialect: dialects.Dialect,
+    arrays: Mapping[str, dialects.Array],
+    stated: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Sizes from the arrays' shapes; heads and activation as `stated`, heads else by CLIP's rule.
 
@@ -295,9 +297,9 @@ def _sizes(
     """
 
     def shape(path: str, rank: int) -> tuple[int, ...]:
-        found = mapped.arrays[path].shape if path in mapped.arrays else None
+        found = arrays[path].shape if path in arrays else None
         if found is None or len(found) != rank:
-            called = dialects.spell(mapped.dialect, path)[0] if mapped.dialect else path
+            called = (*dialects.spell(dialect, path), path)[0]
             what = "is missing" if found is None else f"has shape {list(found)}, not {rank} axes"
             raise WeightsError(
                 f"{source}: {called} {what}, so the model's sizes are not known; the file is "
@@ -315,9 +317,9 @@ def _sizes(
     sizes = {
         "model.patch_size": rows,
         "model.vision_width": vision_width,
-        "model.vision_depth": _depth(mapped.arrays, image),
+        "model.vision_depth": _depth(arrays, image),
         "model.text_width": text_width,
-        "model.text_depth": _depth(mapped.arrays, text),
+        "model.text_depth": _depth(arrays, text),
         "model.vocab_size": vocab_size,
         "model.embed_dim": shape(f"{image}projection", 2)[1],
         "model.activation": stated.get("model.activation"),
@@ -327,7 +329,7 @@ def _sizes(
         width = sizes[f"model.{tower}_width"]
         by_rule = None if width % _HEAD_WIDTH else width // _HEAD_WIDTH
         sizes[f"model.{tower}_heads"] = stated.get(f"model.{tower}_heads") or by_rule
-    if any(name.startswith(LOCAL) for name in mapped.arrays):
+    if any(name.startswith(LOCAL) for name in arrays):
         sizes["local.dim"] = shape("params/image_grab/skip/kernel", 2)[1]
     return sizes
 

@@ -1,106 +1,241 @@
-"""Weights of one run in the model of another."""
+"""What is found in a file or a work directory, and what it says of its model."""
 
-import jax
+import json
+import pathlib
+
 import numpy as np
+import published
 import pytest
 
-from itself_jax import checkpoint, weights
+from itself_jax import checkpoint, dialects, weight_files, weights
+from itself_jax import config as config_lib
 
-DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def variables(identities=5, *, length=30, width=4, local=True):
-    rng = np.random.default_rng(identities + length)
-
-    def array(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    params = {
-        "text_encoder": {"position_embedding": array(length, 3), "projection": array(3, width)},
-        "global_heads": {"identity_classifier": {"kernel": array(width, identities + 1)}},
-    }
-    if local:
-        params["local_heads"] = {"identity_classifier": {"kernel": array(6, identities + 1)}}
-    return {"params": params, "batch_stats": {"text_grab": {"mean": array(6)}}}
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
-def template(tree):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEVICE), tree)
+def opened(path, log=None):
+    return weights.open_(path, (lambda line: None) if log is None else log.append)
 
 
-def loaded(tree, tmp_path, log=print):
-    """`tree` saved by a run and read back."""
-    state = {"step": np.int32(3), **tree}
-    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(3, state, {"score": 1.0, "epoch": 1, "best_alpha": 0.3})
-    return weights.read(tmp_path, log)
+def state_of(path):
+    """The arrays of a published file as nested dicts, as a run would save them."""
+    tree = {"params": {}, "batch_stats": {}}
+    for name, array in opened(path).arrays.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        values = array.read()
+        node[leaf] = values.astype(np.int32 if leaf.endswith("batches") else np.float32)
+    return tree
 
 
-def test_weights_of_the_same_model_arrive_bit_for_bit_where_the_template_says(tmp_path):
-    given = variables()
-    found = loaded(given, tmp_path)
-    assert (found.num_identities, found.meta["epoch"]) == (5, 1)
+def save(folder, tree, step=3, **meta):
+    with checkpoint.Checkpoints(folder) as checkpoints:
+        checkpoints.save(step, {"step": np.int32(step), **tree}, meta)
+
+
+SIZES = {
+    "model.patch_size": 8,
+    "model.vision_width": 64,
+    "model.vision_depth": 2,
+    "model.vision_heads": 1,
+    "model.text_width": 64,
+    "model.text_depth": 2,
+    "model.text_heads": 1,
+    "model.vocab_size": 64,
+    "model.embed_dim": 16,
+    "model.activation": "quick_gelu",
+    "local.dim": 24,
+}
+
+
+def test_a_published_file_says_its_sizes(tmp_path):
+    found = opened(published.write(tmp_path / "best.pth"))
+    assert found.sizes == SIZES and found.sizes.keys() == set(weights.SIZES)
+    assert found.kind == "torch.save (zip), ITSELF" and found.dialect is dialects.ITSELF
+    assert (found.num_identities, found.has_local, found.text_length) == (5, True, 16)
+    assert found.meta["epoch"] == 3 and found.meta["iteration"] == 12
+    assert found.config is None and found.protocol is None
+    assert found.dropped == {} and len(found.names) == len(published.shapes(published.TINY))
+
+
+def test_a_published_file_without_local_branch(tmp_path):
+    found = opened(published.write(tmp_path / "best.pth", local=False))
+    assert not found.has_local and found.sizes["local.dim"] is None
+    assert found.num_identities == 5
+
+
+@pytest.mark.parametrize(
+    "folder, activation, heads", [("hugging_face", "quick_gelu", 4), ("open_clip", "gelu", 4)]
+)
+def test_folders_of_other_libraries_say_heads_and_activation(folder, activation, heads):
     log = []
-    fitted = weights.fit(found, template(given), log.append)
-    assert jax.tree.structure(fitted) == jax.tree.structure(given)
-    for got, want in zip(jax.tree.leaves(fitted), jax.tree.leaves(given), strict=True):
-        assert isinstance(got, jax.Array) and got.sharding == DEVICE
-        np.testing.assert_array_equal(got, want)
-    assert log == []
+    found = opened(GOLDEN / folder, log)
+    assert found.sizes["model.activation"] == activation
+    assert found.sizes["model.vision_heads"] == found.sizes["model.text_heads"] == heads
+    assert found.sizes["model.vision_width"] == 48 and found.sizes["model.vision_depth"] == 3
+    assert (found.num_identities, found.has_local) == (None, False)
+    assert set(found.dropped) == {"logit_scale"}
+    assert not [line for line in found.notes if "WARNING" in line]
 
 
-def test_classifiers_of_other_identities_start_anew_and_say_so(tmp_path):
-    found, fresh, log = loaded(variables(5), tmp_path), variables(8), []
-    fitted = weights.fit(found, template(fresh), log.append, fresh=fresh)
-    for branch in ("global_heads", "local_heads"):
-        np.testing.assert_array_equal(
-            fitted["params"][branch]["identity_classifier"]["kernel"],
-            fresh["params"][branch]["identity_classifier"]["kernel"],
-        )
-    np.testing.assert_array_equal(
-        fitted["params"]["text_encoder"]["projection"],
-        found.variables["params"]["text_encoder"]["projection"],
+def test_a_bare_clip_file_leaves_its_activation_open_and_says_so(tmp_path):
+    folder = GOLDEN / "open_clip"
+    lone = tmp_path / "weights.bin"
+    lone.write_bytes((folder / "open_clip_pytorch_model.bin").read_bytes())
+    found = opened(lone)
+    assert found.sizes["model.activation"] == "quick_gelu"
+    assert found.sizes["model.vision_heads"] is None  # 48 is no multiple of 64
+    (warning,) = [note for note in found.notes if "WARNING" in note]
+    assert "model.activation" in warning and "-quickgelu" in warning
+
+
+def test_openai_constants_settle_the_activation(tmp_path):
+    file = weight_files.read(GOLDEN / "open_clip")
+    constants = {
+        name: np.array(1, np.int64) for name in ("input_resolution", "context_length", "vocab_size")
+    }
+    path = tmp_path / "ViT.pt"
+    weight_files.write_torch(path, {**file.tensors, **constants}, wrap=None)
+    found = opened(path)
+    assert found.sizes["model.activation"] == "quick_gelu"
+    assert not [note for note in found.notes if "WARNING" in note]
+
+
+def test_a_work_directory_gives_its_best_checkpoint_and_its_settings(tmp_path):
+    tree = state_of(published.write(tmp_path / "best.pth"))
+    worse = {**tree, "params": {**tree["params"]}}
+    folder = tmp_path / "run" / "checkpoints"
+    save(folder, tree, 3, score=2.0, epoch=1, best_alpha=0.3, protocol="paper")
+    save(folder, worse, 5, score=1.0, epoch=2, best_alpha=0.5, protocol="paper")
+    config = config_lib.replace(
+        config_lib.Config(),
+        {
+            **SIZES,
+            "model.vision_heads": 2,
+            "model.image_size": (32, 16),
+            "model.text_length": 16,
+            "num_epochs": 9,
+        },
     )
-    assert len(log) == 1 and "knows 5 identities" in log[0] and "start anew" in log[0]
+    saved = {"config": config_lib.to_dict(config)}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    for source in (tmp_path / "run", folder):
+        found = opened(source)
+        assert found.meta["epoch"] == 1 and found.meta["best_alpha"] == 0.3
+        assert (found.meta["iteration"], found.meta["num_epoch"]) == (3, 9)
+        assert found.protocol == "paper" and found.dialect is dialects.OURS
+        assert found.sizes == {**SIZES, "model.vision_heads": 2}
+        assert found.config.model == config.model and found.config.local == config.local
+        assert found.num_identities == 5
 
 
-def test_classifiers_of_other_identities_are_an_error_without_fresh_ones(tmp_path):
-    found = loaded(variables(5), tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"global_heads.* \[4, 6\].* \[4, 9\]"):
-        weights.fit(found, template(variables(8)), print)
+def test_the_first_checkpoints_do_not_say_their_protocol(tmp_path):
+    save(tmp_path / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=1.0)
+    assert opened(tmp_path).protocol == "val"
 
 
-@pytest.mark.parametrize("length, word", [(24, "cut"), (50, "stretched behind the first 20")])
-def test_text_positions_follow_the_text_length_with_one_line(tmp_path, length, word):
-    found, log = loaded(variables(), tmp_path), []
-    fitted = weights.fit(found, template(variables(length=length)), log.append)
-    before = found.variables["params"]["text_encoder"]["position_embedding"]
-    after = np.asarray(fitted["params"]["text_encoder"]["position_embedding"])
-    assert after.shape == (length, 3)
-    np.testing.assert_array_equal(after[:20], before[:20])
-    if length < 30:
-        np.testing.assert_array_equal(after, before[:length])
-    else:
-        # Ten rows became thirty: output i lies at (i + 0.5) / 3 - 0.5 of the old tail.
-        np.testing.assert_allclose(after[21], before[20], rtol=1e-6)
-        np.testing.assert_allclose(after[22], (2 * before[20] + before[21]) / 3, rtol=1e-5)
-    assert len(log) == 1 and word in log[0] and f"model.text_length={length}" in log[0]
+def test_a_run_before_its_first_validation_has_no_weights(tmp_path):
+    save(tmp_path / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=None)
+    with pytest.raises(checkpoint.CheckpointError, match="holds no validated checkpoint"):
+        opened(tmp_path)
+
+
+def test_a_directory_without_weights_is_named(tmp_path):
+    with pytest.raises(weight_files.WeightFileError, match=str(tmp_path)):
+        opened(tmp_path)
+    with pytest.raises(weight_files.WeightFileError, match="missing.pth"):
+        opened(tmp_path / "missing.pth")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"width": 7}, r"projection is \[3, 4\] there and \[3, 7\] here"),
-        ({"local": False}, r"local_heads/.* is \[6, 6\] there and absent here"),
+        (
+            {"base_model__token_embedding__weight": None},
+            r"are those of no model|base_model\.token_embedding\.weight is missing",
+        ),
+        (
+            {"base_model__visual__proj": np.zeros(16, np.float32)},
+            r"base_model\.visual\.proj has shape \[16\], not 2 axes",
+        ),
+        (
+            {"base_model__visual__conv1__weight": np.zeros((64, 3, 8, 4), np.float32)},
+            "patches of 8x4 pixels",
+        ),
+        (
+            {"base_model__visual__extra": np.zeros(3, np.float32)},
+            r"base_model\.visual\.extra \[3\]",
+        ),
     ],
 )
-def test_another_model_is_an_error_naming_the_array_and_both_shapes(tmp_path, change, message):
-    found, fresh = loaded(variables(), tmp_path), variables(**change)
-    with pytest.raises(checkpoint.CheckpointError, match=message):
-        weights.fit(found, template(fresh), print, fresh=fresh)
+def test_what_the_sizes_are_read_from_must_be_there(tmp_path, change, message):
+    path = published.write(tmp_path / "best.pth", **change)
+    with pytest.raises(weights.WeightsError, match=message) as caught:
+        opened(path)
+    assert str(path) in str(caught.value)
 
 
-def test_positions_without_a_tail_cannot_be_stretched(tmp_path):
-    found = loaded(variables(length=20), tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match=r"position_embedding is \[20, 3\] there"):
-        weights.fit(found, template(variables(length=30)), print)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_none_are_an_error_naming_the_array(tmp_path, value):
+    bad = published.state()["classifier_grab.bias"].astype(np.float16)
+    bad[2:4] = value
+    found = opened(published.write(tmp_path / "best.pth", classifier_grab__bias=bad))
+    name = "params/local_heads/pair_classifier/bias"
+    with pytest.raises(
+        weights.WeightsError, match=r"classifier_grab\.bias holds 2 values that are"
+    ):
+        weights.read(found, name, found.arrays[name])
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    bad = np.zeros(6, np.int64)
+    found = opened(published.write(tmp_path / "best.pth", classifier_grab__bias=bad))
+    name = "params/local_heads/pair_classifier/bias"
+    with pytest.raises(weights.WeightsError, match=r"classifier_grab\.bias holds int64"):
+        weights.read(found, name, found.arrays[name])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "bfloat16"])
+def test_every_type_becomes_float32(tmp_path, dtype):
+    import ml_dtypes
+
+    stored = published.state()["classifier_grab.bias"].astype(
+        ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    )
+    found = opened(published.write(tmp_path / "best.pth", classifier_grab__bias=stored))
+    name = "params/local_heads/pair_classifier/bias"
+    values = weights.read(found, name, found.arrays[name])
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, stored.astype(np.float32))
+
+
+def test_a_broken_description_is_named(tmp_path):
+    path = tmp_path / "best.pth"
+    weight_files.write_torch(path, published.state(), extra={"itself_jax": "{heads"})
+    with pytest.raises(weights.WeightsError, match="field 'itself_jax' is '{heads'"):
+        opened(path)
+
+
+def test_what_a_layout_cannot_say_is_described_beside_it(tmp_path):
+    found = opened(published.write(tmp_path / "best.pth"))
+    config = config_lib.replace(
+        config_lib.Config(),
+        {
+            **SIZES,
+            "model.vision_heads": 4,
+            "model.activation": "gelu",
+            "model.image_size": (32, 16),
+            "local.inference_saliency": "mars",
+        },
+    )
+    described = weights.describe(found._replace(config=config), config)
+    path = tmp_path / "again.safetensors"
+    note = {weights.DESCRIPTION: json.dumps(described)}
+    weight_files.write_safetensors(path, published.state(), metadata=note)
+    again = opened(path)
+    assert again.sizes["model.vision_heads"] == 4 and again.sizes["model.activation"] == "gelu"
+    assert again.config.model.image_size == (32, 16)
+    assert again.config.local.inference_saliency == "mars"
+    assert again.meta["epoch"] == 3
