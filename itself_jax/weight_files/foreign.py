@@ -44,11 +44,9 @@ def refuse(source: source_lib.Source, head: bytes) -> NoReturn:
             "download the file itself: the page may say that you must log in, or why it failed",
         )
     if head[257:262] == b"ustar":
-        # Before 0.2 torch wrote tar files with these four members.
-        if head.startswith((b"sys_info\0", b"pickle\0", b"storages\0", b"tensors\0", b"./")):
+        if head.removeprefix(b"./").startswith(b"sys_info\0"):
             source.refuse(
-                "is a tar file, perhaps of torch before 0.2",
-                "load it with torch and save it anew",
+                "is a tar file of torch before 0.2", "load it with torch and save it anew"
             )
         source.refuse("is a tar file", _UNPACK)
     for beginning, what, advice in _BEGINNINGS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -17,8 +18,9 @@ METADATA = "__metadata__"
 
 MAX_TEXT = 16 << 20
 _MAX_HEADER = 10_000
-# What compression may save in all: more is no array but a bomb.
+# What compression may save in all, and what is never too much: the rest is no array but a bomb.
 _MAX_EXPANSION = 200
+_FREE_EXPANSION = 64 << 20
 
 
 def read(
@@ -32,7 +34,7 @@ def read(
       WeightFileError: it is damaged, or holds something else than arrays of numbers.
     """
     total = sum(entry.size for entry in entries.values())
-    if total > _MAX_EXPANSION * source.size:
+    if total > _MAX_EXPANSION * source.size + _FREE_EXPANSION:
         source.refuse(
             f"would unpack its {source.size} bytes to {total}", "save it without compression"
         )
@@ -44,7 +46,8 @@ def read(
         if dtype.kind == "U" and shape == ():
             metadata[name] = _text(source, name, entry, dtype, start)
         else:
-            tensors[name] = _lazy(source, name, entry, dtype, shape, fortran, start)
+            load = functools.partial(_load, source, entry, dtype, shape, fortran, start)
+            tensors[name] = source_lib.Tensor(shape, dtype.newbyteorder("="), load)
     if METADATA in metadata:
         try:
             document = json.loads(metadata.pop(METADATA))
@@ -113,35 +116,27 @@ def _text(
         source.refuse(f"is damaged: the text {source_lib.show(name)} cannot be read")
 
 
-def _lazy(
+def _load(
     source: source_lib.Source,
-    name: str,
     entry: zips.Entry,
     dtype: np.dtype,
     shape: tuple[int, ...],
     fortran: bool,
     start: int,
-) -> source_lib.Tensor:
-    native = dtype.newbyteorder("=")
-    swapped = not dtype.isnative
-    strides = None
-    if fortran:
-        strides = tuple(math.prod(shape[:i]) for i in range(len(shape)))
-
-    def load() -> np.ndarray:
-        if not entry.deflated:
-            entry.verify()
-            at = entry.start + start
-            return source_lib.read_strided(source, at, native, shape, strides, swapped=swapped)
-        array = np.empty(shape[::-1] if fortran else shape, native)
-        target = memoryview(array.reshape(-1).view(np.uint8))
-        at = -start
-        for piece in entry.checked_pieces():
-            skip = max(0, -at)
-            part = piece[skip:]
-            target[max(at, 0) : max(at, 0) + len(part)] = part
-            at += len(piece)
-        array = source_lib.checked(source, entry.start, array, swapped=swapped)
-        return array.T.copy(order="C") if fortran else array
-
-    return source_lib.Tensor(shape, native, load)
+) -> np.ndarray:
+    """Reads the numbers, which start at byte `start` of the entry."""
+    native, swapped = dtype.newbyteorder("="), not dtype.isnative
+    if not entry.deflated:
+        entry.verify()
+        strides = [math.prod(shape[:i]) for i in range(len(shape))] if fortran else None
+        at = entry.start + start
+        return source_lib.read_strided(source, at, native, shape, strides, swapped=swapped)
+    array = np.empty(shape[::-1] if fortran else shape, native)
+    target = memoryview(array.reshape(-1).view(np.uint8))
+    at = -start
+    for piece in entry.checked_pieces():
+        part = piece[max(0, -at) :]
+        target[max(0, at) : max(0, at) + len(part)] = part
+        at += len(piece)
+    array = source_lib.checked(source, entry.start, array, swapped=swapped)
+    return array.T.copy(order="C") if fortran else array

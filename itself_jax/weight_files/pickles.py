@@ -16,19 +16,20 @@ from typing import Any, NoReturn
 from itself_jax.weight_files import source as source_lib
 
 MAX_BYTES = 64 << 20
-# Weights of a hundred thousand arrays with the state of their optimiser stay below.
-MAX_INSTRUCTIONS = 4_000_000
+# Some 35 for an array: forty thousand of them, or five seconds.
+MAX_INSTRUCTIONS = 2_000_000
 
-_KEYS = (str, int, float, bool, bytes, type(None))
+_KEYS = (str, float, bool, bytes, type(None))
 
 
 class Refused(Exception):
     """What is wrong with a pickle, as the end of a sentence, and some advice."""
 
-    def __init__(self, what: str, advice: str | None = None):
+    def __init__(self, what: str, advice: str | None = None, *, code: bool = False):
         super().__init__(what)
         self.what = what
         self.advice = advice
+        self.code = code  # it asks for something that is not data
 
 
 class Name:
@@ -75,7 +76,7 @@ def load(
     The result is made of dict, list, tuple, str, bytes, int, float, bool, None, of `Inert` and
     `Module` objects, of names, and of what `persistent` and the callables of `lookup` return.
     Keys of dicts that are no plain values become `Inert` (the hash of a nested tuple can take
-    forever), and so does every set.
+    forever, and long numbers can be chosen to collide), and so does every set.
 
     Args:
       stream: has `read` and `readline`, and ends; it is left behind the pickle.
@@ -94,11 +95,8 @@ def forbidden(name: str) -> Refused:
         f"asks for {source_lib.show(name)[1:-1]}, which is code and not an array; nothing of it was"
         " run",
         "do not trust this file, or save only the model's state_dict()",
+        code=True,
     )
-
-
-class _Stop(Exception):
-    pass
 
 
 class _Machine:
@@ -226,7 +224,7 @@ class _Machine:
             raise Refused(f"is damaged: its pickle sets items of {source_lib.show(target)}")
         if isinstance(target, dict):
             for key, value in zip(items[::2], items[1::2], strict=True):
-                target[key if type(key) in _KEYS else Inert("key")] = value
+                target[key if _is_plain(key) else Inert("key")] = value
 
     def _add_items(self, _: Any) -> None:
         self._pop_mark()
@@ -271,8 +269,8 @@ class _Machine:
             target.set_state(state)
         elif not isinstance(target, Inert | collections.OrderedDict):
             raise Refused(
-                f"sets the state of {source_lib.show(target)}, which would run code; nothing of it "
-                "was run"
+                f"sets the state of {_named(target)}, which would run code; nothing of it was run",
+                code=True,
             )
         # What is left is `_metadata` of a state dict, or belongs to something inert: dropped.
 
@@ -282,20 +280,30 @@ class _Machine:
         self._push(self._persistent(self._pop()))
 
 
+def _is_plain(key: Any) -> bool:
+    """Whether a key of a dict has a hash that is quick, and cannot be chosen to collide."""
+    return type(key) in _KEYS or (type(key) is int and -(1 << 63) <= key < 1 << 63)
+
+
 class Namespace(dict):
     """`argparse.Namespace`: a plain container of settings, which needs none of its code."""
 
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Name) or function.call is None or type(arguments) is not tuple:
-        name = function.name if isinstance(function, Name) else source_lib.show(function)
-        raise Refused(f"calls {name}, which would run code; nothing of it was run")
+        raise Refused(
+            f"calls {_named(function)}, which would run code; nothing of it was run", code=True
+        )
     try:
         return function.call(*arguments)
     except TypeError:
         raise Refused(f"is damaged: its pickle calls {function.name} with other arguments") from (
             None
         )
+
+
+def _named(value: Any) -> str:
+    return value.name if isinstance(value, Name) else source_lib.show(value)
 
 
 class _Bounded:
@@ -343,8 +351,10 @@ _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
             *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
             *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
             *("BINSTRING", "SHORT_BINSTRING"),  # of Python 2
+            *("INT", "LONG", "FLOAT", "STRING", "UNICODE"),  # of protocol 0
         )
     },
+    "BYTEARRAY8": _constant(lambda: Inert("bytearray")),
     "EMPTY_LIST": _constant(list),
     "EMPTY_TUPLE": _constant(tuple),
     "EMPTY_DICT": _constant(dict),
@@ -356,6 +366,7 @@ _INSTRUCTIONS: Mapping[str, Callable[[_Machine, Any], None]] = {
     "BINPUT": _Machine._put,
     "LONG_BINPUT": _Machine._put,
     "MEMOIZE": _Machine._memoize,
+    "GET": _Machine._get,
     "BINGET": _Machine._get,
     "LONG_BINGET": _Machine._get,
     "TUPLE1": lambda machine, _: machine._tuple(1),

@@ -15,7 +15,7 @@ import safetensors
 
 from itself_jax.weight_files import source as source_lib
 
-MAX_HEADER = 100_000_000  # as the library has it
+MAX_HEADER = 16 << 20  # a hundred thousand arrays
 
 DTYPES = {
     "BOOL": "bool",
@@ -83,10 +83,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
       ValueError: a key occurs twice.
     """
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {source_lib.show(twice)} occurs twice")
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {source_lib.show(key)} occurs twice")
+        result[key] = value
     return result
 
 
@@ -117,7 +118,7 @@ def _field(
     shown = source_lib.show(name)
     if not isinstance(field, dict) or set(field) != {"dtype", "shape", "data_offsets"}:
         source.refuse(f"describes the array {shown} by something else than dtype, shape and place")
-    if field["dtype"] not in DTYPES:
+    if type(field["dtype"]) is not str or field["dtype"] not in DTYPES:
         source.refuse(
             f"stores the array {shown} as {source_lib.show(field['dtype'])}, which cannot be read",
             f"convert it to one of {', '.join(DTYPES)}",

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import ml_dtypes
@@ -54,8 +54,7 @@ class Source:
             raise WeightFileError(f"{path} cannot be read: {reason(error)}.") from error
         if not stat.S_ISREG(status.st_mode):
             raise WeightFileError(
-                f"{path} is neither a file nor a folder: give a file of weights, or a folder with "
-                "one."
+                f"{path} is not a regular file: give a file of weights, or a folder with one."
             )
         self.size = status.st_size
         self._stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
@@ -91,7 +90,7 @@ class Source:
         except OSError as error:
             raise WeightFileError(f"{self.path} cannot be read: {reason(error)}.") from error
 
-    def pieces(self, start: int, count: int) -> Any:
+    def pieces(self, start: int, count: int) -> Iterator[memoryview]:
         """Yields the bytes from `start` in windows that share one buffer."""
         buffer = memoryview(bytearray(min(count, _WINDOW)))
         for at in range(start, start + count, _WINDOW):

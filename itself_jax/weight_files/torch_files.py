@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import re
 import sys
@@ -26,7 +27,7 @@ LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
 _MAX_CODE = 16 << 20
-_MAX_ARRAYS = 1_000_000
+_MAX_ARRAYS = 100_000
 
 # What storages hold. The other ones exist too, and are refused by their name.
 STORAGES = {
@@ -64,6 +65,8 @@ _OTHER_TENSORS = {
     "_rebuild_wrapper_subclass": "a tensor of a class of its own",
 }
 _UNREADABLE = "convert it to an ordinary tensor and save it anew"
+_WHOLE_MODEL = "which is code and not arrays; nothing of it was run"
+_SAVE_STATE = "load it with its own program and save only its state_dict()"
 
 
 def read_zip(
@@ -164,6 +167,20 @@ def read_legacy(source: source_lib.Source) -> Any:
     return result
 
 
+def refuse_code(source: source_lib.Source) -> None:
+    """Says so if the file begins with a pickle that asks for code.
+
+    Raises:
+      WeightFileError: it does.
+    """
+    archive = _Archive(source, script=False)
+    try:
+        pickles.load(io.BufferedReader(_Stream(source)), archive.lookup)
+    except pickles.Refused as refused:
+        if refused.code:
+            archive.refuse(refused)
+
+
 class _Storage:
     """The bytes of one or more tensors.
 
@@ -205,11 +222,12 @@ class _Archive:
         self.source = source
         self.swapped = False  # the other byte order than this machine's
         self.storages: dict[str, _Storage] = {}
-        self._table = _table(self, script=script)
+        self._count = 0
+        self.lookup = _table(self, script=script)
 
     def interpret(self, stream: Any, persistent: Callable[[Any], Any] | None = None) -> Any:
         try:
-            return pickles.load(stream, self._table, persistent)
+            return pickles.load(stream, self.lookup, persistent)
         except pickles.Refused as refused:
             self.refuse(refused)
 
@@ -265,10 +283,7 @@ class _Archive:
         if type(identifier) is not tuple or not identifier or type(identifier[0]) is not str:
             raise pickles.Refused("is damaged: its pickle names a storage in an unknown way")
         if identifier[0] == "module":
-            raise pickles.Refused(
-                "holds a whole model, which is code and not arrays; nothing of it was run",
-                "load it with its own program and save only its state_dict()",
-            )
+            raise pickles.Refused(f"holds a whole model, {_WHOLE_MODEL}", _SAVE_STATE)
         if identifier[0] != "storage" or len(identifier) != length:
             raise pickles.Refused("is damaged: its pickle names a storage in an unknown way")
         kind, key, _, count = identifier[1:5]
@@ -316,6 +331,9 @@ class _Archive:
         self, part: _Part, dtype: np.dtype, offset: Any, shape: Any, strides: Any
     ) -> source_lib.Tensor:
         """A tensor, after a check that it lies inside its storage."""
+        self._count += 1
+        if self._count > _MAX_ARRAYS:
+            raise pickles.Refused(f"holds more than {_MAX_ARRAYS} arrays")
         storage = part.whole
         shape = source_lib.check_shape(self.source, "a tensor", shape, dtype.itemsize)
         integers = isinstance(strides, tuple | list) and len(strides) == len(shape)
@@ -342,18 +360,24 @@ class _Archive:
                 "save it with .contiguous()",
             )
         begin = part.offset * storage.itemsize + offset * dtype.itemsize
-        strides = tuple(strides)
-
-        def load() -> np.ndarray:
-            if storage.entry is not None and not storage.verified:
-                storage.entry.verify()
-                storage.verified = True
-            assert storage.start is not None  # known once the file has been read
-            return source_lib.read_strided(
-                self.source, storage.start + begin, dtype, shape, strides, swapped=self.swapped
-            )
-
+        load = functools.partial(self._load, storage, begin, dtype, shape, tuple(strides))
         return source_lib.Tensor(shape, dtype, load)
+
+    def _load(
+        self,
+        storage: _Storage,
+        begin: int,
+        dtype: np.dtype,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+    ) -> np.ndarray:
+        if storage.entry is not None and not storage.verified:
+            storage.entry.verify()
+            storage.verified = True
+        assert storage.start is not None  # known once the file has been read
+        return source_lib.read_strided(
+            self.source, storage.start + begin, dtype, shape, strides, swapped=self.swapped
+        )
 
 
 def _table(archive: _Archive, *, script: bool) -> Callable[[str], pickles.Name | None]:
@@ -387,9 +411,10 @@ def _table(archive: _Archive, *, script: bool) -> Callable[[str], pickles.Name |
         calls |= {f"{module}.{name}": None for name in ("dict", "list", "tuple", "int", "float")}
         calls |= {f"{module}.{name}": _inert(name) for name in ("set", "frozenset", "complex")}
         calls[f"{module}.bytearray"] = _inert("bytearray")
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        calls[f"{module}.scalar"] = _numpy_scalar
-        calls[f"{module}._reconstruct"] = _inert("numpy.ndarray")
+    for module in ("numpy.core", "numpy._core"):
+        calls[f"{module}.multiarray.scalar"] = _numpy_scalar
+        calls[f"{module}.multiarray._reconstruct"] = _inert("numpy.ndarray")
+        calls[f"{module}.numeric._frombuffer"] = _inert("numpy.ndarray")
     calls |= {"numpy.dtype": _NumpyType, "numpy.ndarray": None}
     for name in ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
         calls[f"pathlib.{name}"] = _inert("path")
@@ -408,6 +433,10 @@ def _table(archive: _Archive, *, script: bool) -> Callable[[str], pickles.Name |
         if name.startswith(utils) and name.removeprefix(utils) in _OTHER_TENSORS:
             kind = _OTHER_TENSORS[name.removeprefix(utils)]
             raise pickles.Refused(f"holds {kind} ({name}), which cannot be read", _UNREADABLE)
+        if name.startswith("torch.nn.modules."):
+            raise pickles.Refused(
+                f"holds a whole model ({source_lib.show(name)[1:-1]}), {_WHOLE_MODEL}", _SAVE_STATE
+            )
         return None
 
     return find
@@ -524,7 +553,7 @@ def _declared(kind: str, files: dict[str, zips.Entry]) -> set[str] | None:
     code = entry.read(_MAX_CODE).decode("utf-8", "replace")
     found = re.search(
         rf"^class {re.escape(name)}\(Module\):\n"
-        r"  __parameters__ = \[([^\]]*)\]\n  __buffers__ = \[([^\]]*)\]",
+        r"  __parameters__ = \[([^\]\n]*)\]\n  __buffers__ = \[([^\]\n]*)\]",
         code,
         re.MULTILINE,
     )

@@ -63,11 +63,11 @@ def state_dict(source: source_lib.Source, content: Any) -> Unwrapped:
         source.refuse(f"holds dicts that are nested more than {_MAX_DEPTH} deep")
     for name in tensors:
         source_lib.check_name(source, name)
-    check_total(source, tensors)
+    _check_total(source, tensors)
     return Unwrapped(tensors, metadata, notes)
 
 
-def check_total(source: source_lib.Source, tensors: Mapping[str, source_lib.Tensor]) -> None:
+def _check_total(source: source_lib.Source, tensors: Mapping[str, source_lib.Tensor]) -> None:
     """Refuses names that share the same few bytes again and again."""
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > _MAX_SHARING * source.size + _FREE_SHARING:

@@ -244,14 +244,14 @@ def _bytes(array: np.ndarray) -> memoryview:
 @contextlib.contextmanager
 def _new_file(path: pathlib.Path, *, force: bool) -> Iterator[Any]:
     """Opens a file that gets its name when everything is on disk; else nothing is left."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
+    temporary = path.parent / f".itself_jax-{secrets.token_hex(8)}.tmp"
     try:
+        if path.is_dir():
+            raise source_lib.WeightFileError(f"{path} is a folder: give the name of a file.")
         if os.path.lexists(path) and not force:
             raise source_lib.WeightFileError(
                 f"{path} exists: give another name, or allow it to be replaced."
             )
-        if path.is_dir():
-            raise source_lib.WeightFileError(f"{path} is a folder: give the name of a file.")
         with open(temporary, "xb") as file:
             yield file
             file.flush()

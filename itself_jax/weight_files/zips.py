@@ -15,8 +15,8 @@ from typing import NamedTuple, NoReturn
 from itself_jax.weight_files import source as source_lib
 
 MAGIC = b"PK\x03\x04"
-MAX_ENTRIES = 200_000
-MAX_DIRECTORY = 64 << 20
+MAX_ENTRIES = 100_000
+MAX_DIRECTORY = 32 << 20
 
 _STORED, _DEFLATED = 0, 8
 _MAX_RATIO = 1032  # what deflate can reach
