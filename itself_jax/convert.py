@@ -68,12 +68,15 @@ _KNOWN = {
 class Source(NamedTuple):
     """Weights that were checked against the model they make.
 
+    config: settings in which no position has to be resized.
     absent: parameters of the whole model that they do not have, with reasons.
+    grid: rows and columns of the patches; None: nothing says it, and `config` has them in a row.
     """
 
     weights: weights.Weights
     config: config_lib.Config
     absent: dict[str, str]
+    grid: tuple[int, int] | None
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -125,12 +128,20 @@ def examine(
       WeightsError, WeightFileError, CheckpointError, ConfigError: they cannot be used.
     """
     found = weights.open_(path, log)
-    config = _native(found, log, given or {})
+    given = {"local.enabled": found.has_local, **(given or {})}
+    if found.config is None:
+        picture = fitting.native_picture(found, square=True)
+        given = {"model.text_length": found.text_length, **picture, **given}
+    known = "model.image_size" in given or found.config is not None
+    if not known:
+        given["model.image_size"] = fitting.picture_in_a_row(found)
+    base = found.config or config_lib.Config()
+    config = fitting.resolve(base, found, log, training=True, changes=given)
     absent = fitting.check(found, _shapes(found, config), config.model)
-    source = Source(found, config, absent)
+    source = Source(found, config, absent, config.model.grid if known else None)
     for line in report(source):
         log(line)
-    for line in _probe(source):
+    for line in _probe(source) if known else ():
         log(line)
     return source
 
@@ -158,10 +169,12 @@ def report(source: Source) -> list[str]:
         f"parameters   {sum(parts.values()):,}: "
         + ", ".join(f"{kind} {count:,}" for kind, count in parts.items() if count)
     )
-    rows, columns = model.grid
+    grid = f"{model.grid[0]}x{model.grid[1]} patches"
+    if source.grid is None:
+        grid = f"{model.grid[0]} patches in an unknown grid (no probe: say --image_size)"
     lines.append(
         f"image        ViT/{model.patch_size}, width {model.vision_width}, depth "
-        f"{model.vision_depth}, heads {model.vision_heads}, {rows}x{columns} patches"
+        f"{model.vision_depth}, heads {model.vision_heads}, {grid}"
     )
     lines.append(
         f"text         width {model.text_width}, depth {model.text_depth}, heads "
@@ -191,11 +204,16 @@ def write(
       WeightFileError, CheckpointError: it cannot be written; nothing is left behind.
     """
     path = pathlib.Path(path).expanduser()
+    if path.exists() and not force:
+        raise weights.WeightsError(
+            f"{path} exists already: give another DST, or --force to replace it."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
     found = source.weights
     arrays = {name: _Checked(found, name, array) for name, array in found.arrays.items()}
     description = weights.describe(found, source.config)
     if path.suffix not in (*_TORCH, ".safetensors", ".npz"):
-        _write_checkpoint(source, path, arrays, description, log, force=force)
+        _write_checkpoint(source, path, arrays, description, log)
         log(f"Written to {path}, as float32: use it with --config.init_from={path}")
         return path
     try:
@@ -286,18 +304,6 @@ class _Stored:
         return values.astype(self.dtype)
 
 
-def _native(
-    found: weights.Weights, log: Callable[[str], None], given: Mapping[str, Any]
-) -> config_lib.Config:
-    """The configuration in which no position has to be resized, with the keys of `given`."""
-    changes = {"local.enabled": found.has_local, **given}
-    if found.config is None:
-        picture = fitting.native_picture(found, square=True)
-        changes |= {"model.text_length": found.text_length, **picture, **given}
-    config = found.config or config_lib.Config()
-    return fitting.resolve(config, found, log, training=True, changes=changes)
-
-
 def _shapes(found: weights.Weights, config: config_lib.Config) -> dict[str, Any]:
     """Every parameter and statistic of the whole model, as shapes; local branch included."""
     whole = config_lib.replace(config, {"local.enabled": True})
@@ -337,14 +343,8 @@ def _write_checkpoint(
     arrays: Mapping[str, dialects.Array],
     description: Mapping[str, Any],
     log: Callable[[str], None],
-    *,
-    force: bool,
 ) -> None:
     """A folder with one Orbax checkpoint of parameters and BatchNorm statistics."""
-    if path.exists() and not force:
-        raise weights.WeightsError(
-            f"{path} exists already: give another DST, or --force to replace it."
-        )
     state: dict[str, Any] = {"params": {}, "batch_stats": {}}
     for name, array in arrays.items():
         *folders, leaf = name.split("/")

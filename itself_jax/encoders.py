@@ -1,7 +1,7 @@
 """A trained model ready for use: pictures and sentences in, NumPy embeddings out."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +13,6 @@ from itself_jax import fitting, step, weights
 from itself_jax.data import images as image_files
 from itself_jax.data import records, tokenizer
 from itself_jax.models import itself
-
-Picture = str | os.PathLike | Image.Image | np.ndarray
 
 
 class Encoders:
@@ -33,10 +31,11 @@ class Encoders:
         self._encode_images = jax.jit(training.encode_images)
         self._encode_captions = jax.jit(training.encode_captions)
 
-    def encode_image(self, images: Sequence[Picture]) -> itself.Embedding:
-        """Embeds pictures: files, PIL images, or uint8 RGB arrays (height, width, 3) of any size.
+    def encode_image(self, images: Any) -> itself.Embedding:
+        """Embeds a list of pictures: paths, PIL images, or uint8 RGB arrays (height, width, 3).
 
-        Each is resized straight to the model's height and width, as in training.
+        Each may have any size; it is resized straight to the model's height and width, as in
+        training.
 
         Returns:
           `global_` (n, D) and `local` (n, M), or None without a local branch: float32, not
@@ -54,8 +53,8 @@ class Encoders:
             self._encode_images, [_pixels(x, i, size) for i, x in enumerate(images)]
         )
 
-    def encode_text(self, sentences: Sequence[str]) -> itself.Embedding:
-        """Embeds sentences; the same form as `encode_image`.
+    def encode_text(self, sentences: Any) -> itself.Embedding:
+        """Embeds a list of sentences; the same form as `encode_image`.
 
         Raises:
           ValueError: a lone sentence instead of a list, or something that is no text.
@@ -159,7 +158,7 @@ def of_weights(
     return Encoders(config, fitting.fit(found, template, config.model, log), training)
 
 
-def _pixels(picture: Picture, index: int, size: tuple[int, int]) -> np.ndarray:
+def _pixels(picture: Any, index: int, size: tuple[int, int]) -> np.ndarray:
     if isinstance(picture, (str, os.PathLike)):
         name = os.fspath(picture)
         try:

@@ -284,6 +284,12 @@ def _guess_grid(found: weights.Weights, patches: int, model: config_lib.Model) -
     )
 
 
+def picture_in_a_row(found: weights.Weights) -> tuple[int, int]:
+    """A picture size with as many patches as there are positions, where nobody knows their grid."""
+    patch = found.sizes["model.patch_size"]
+    return (found.arrays[weights.IMAGE_POSITIONS].shape[0] - 1) * patch, patch
+
+
 def native_picture(found: weights.Weights, *, square: bool) -> dict[str, Any]:
     """`model.image_size` and `model.stride` in which the patch positions need no resizing.
 

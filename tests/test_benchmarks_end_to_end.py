@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from itself_jax import checkpoint, interrupt, train, workdir
 from itself_jax import config as config_lib
+from itself_jax import interrupt, train, weight_files, workdir
 from itself_jax.data import records
 
 PEOPLE = (24, 4, 6)
@@ -160,7 +160,7 @@ def test_the_paper_protocol_trains_on_everybody_and_its_label_stays(root, tmp_pa
 
 def test_a_misspelt_source_of_weights_leaves_the_directory_free(root, tmp_path):
     wrong = settings(root, "rstp_reid", init_from=str(tmp_path / "typo"))
-    with pytest.raises(checkpoint.CheckpointError, match="typo is not a work directory"):
+    with pytest.raises(weight_files.WeightFileError, match="typo"):
         tiny.run(wrong, tmp_path / "run")
     tiny.run(settings(root, "rstp_reid"), tmp_path / "run")
 

@@ -173,6 +173,8 @@ _MADE: dict = {}
 
 def compile_once(monkeypatch) -> None:
     """Equal settings share one `Training` and its compiled functions, in all tests of a process."""
+    import jax
+
     from itself_jax import step
 
     def canonical(config):
@@ -202,7 +204,7 @@ def compile_once(monkeypatch) -> None:
 
     def cached(compile_it, kind):
         def compiled(training, template, mesh):
-            key = (kind, id(training), mesh)
+            key = (kind, id(training), mesh, jax.tree.structure(template))
             if key not in _MADE:
                 _MADE[key] = compile_it(training, template, mesh)
             return _MADE[key]

@@ -1,0 +1,299 @@
+"""Weights from one kind of file to another, and the report."""
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import golden_model
+import jax
+import numpy as np
+import published
+import pytest
+
+from itself_jax import convert, encoders, weight_files, weights
+
+ROOT = pathlib.Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+KINDS = ("a.pth", "a.safetensors", "a.npz", "folder")
+
+
+def quiet(line):
+    del line
+
+
+@pytest.fixture
+def unprobed(monkeypatch):
+    """Without the compilation of the probe."""
+    monkeypatch.setattr(convert, "_probe", lambda source: [])
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "itself_jax.convert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def contents(path):
+    file = weight_files.read(path)
+    return {name: tensor.read() for name, tensor in file.tensors.items()}
+
+
+def assert_same(path, other):
+    """Key for key in order, type and every bit."""
+    given, expected = contents(path), contents(other)
+    assert list(given) == list(expected)
+    for name, values in expected.items():
+        assert given[name].dtype == values.dtype and given[name].shape == values.shape, name
+        assert given[name].tobytes() == values.tobytes(), name
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory):
+    """The golden model in the published layout, written by the command, and what it printed."""
+    folder = tmp_path_factory.mktemp("golden")
+    done = command(GOLDEN / "small_s16_state.npz", folder / "best.pth")
+    assert done.returncode == 0, done.stderr
+    return folder / "best.pth", done.stdout
+
+
+def test_the_published_file_has_the_types_and_values_of_the_reference(best):
+    keys = json.loads((GOLDEN / "itself_vitb16_keys.json").read_text())["full_stride16"]
+    given = contents(best[0])
+    with np.load(GOLDEN / "small_s16_state.npz") as expected:
+        assert sorted(given) == sorted(expected.files) == sorted(keys["state_dict"])
+        for name, (_, dtype) in keys["state_dict"].items():
+            assert given[name].dtype == dtype, name
+            np.testing.assert_array_equal(given[name], expected[name])
+
+
+def test_round_trips_are_bit_identical(best, tmp_path, unprobed):
+    """float16 → float32 in every kind of file → float16, and each kind into each other."""
+    source = convert.examine(best[0], quiet)
+    for kind in KINDS:
+        convert.write(source, tmp_path / kind, quiet)
+    for kind in KINDS:
+        again = convert.examine(tmp_path / kind, quiet)
+        convert.write(again, tmp_path / f"of {kind}.pth", quiet)
+        assert_same(tmp_path / f"of {kind}.pth", best[0])
+        convert.write(again, tmp_path / f"of {kind}.npz", quiet)
+        assert_same(tmp_path / f"of {kind}.npz", tmp_path / "a.npz")
+        metadata = weight_files.read(tmp_path / f"of {kind}.pth").metadata
+        assert metadata["num_epoch"] == metadata["iteration"] == metadata["epoch"] == 0
+
+
+def test_progress_survives_every_kind(tmp_path, unprobed):
+    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    for kind in KINDS:
+        convert.write(source, tmp_path / kind, quiet)
+        convert.write(
+            convert.examine(tmp_path / kind, quiet), tmp_path / "b.pth", quiet, force=True
+        )
+        metadata = weight_files.read(tmp_path / "b.pth").metadata
+        progress = {key: metadata[key] for key in ("num_epoch", "iteration", "epoch")}
+        assert progress == {"num_epoch": 60, "iteration": 12, "epoch": 3}
+
+
+def embeddings(model, variables, images, ids):
+    return (
+        model.apply(variables, images, method="encode_image").embedding,
+        model.apply(variables, ids, method="encode_text").embedding,
+    )
+
+
+def test_the_golden_features_come_out_of_every_kind(best, tmp_path, unprobed):
+    source = convert.examine(best[0], quiet)
+    golden, batch = golden_model.load("golden_f32_mixed_s16.npz"), golden_model.batch()
+    compiled = None
+    for kind in KINDS:
+        path = convert.write(source, tmp_path / kind, quiet)
+        found = weights.open_(path, quiet)
+        ready = encoders.of_weights(found, source.config, quiet)
+        compiled = compiled or jax.jit(functools.partial(embeddings, ready.training.model))
+        for side, embedding in zip(
+            ("image", "text"), compiled(ready.variables, batch["images"], batch["ids"]), strict=True
+        ):
+            for given, name in (
+                (embedding.global_, f"feat/encode_{side}"),
+                (embedding.local, f"feat/encode_{side}_grab_eval/stable"),
+            ):
+                golden_model.assert_close(given, golden[name], 2e-5, f"{kind} {name}")
+
+
+def test_the_report_of_a_published_file(best):
+    lines = dict(line.split(maxsplit=1) for line in best[1].splitlines() if "  " in line)
+    assert lines["arrays"] == "351 mapped, 0 absent, 0 dropped"
+    with np.load(GOLDEN / "small_s16_state.npz") as state:
+        learnt = [n for n in state.files if "running" not in n and "tracked" not in n]
+        count = sum(state[name].size for name in learnt)
+    assert lines["parameters"].startswith(f"{count:,}: encoders ")
+    digest = hashlib.sha256((GOLDEN / "small_s16_state.npz").read_bytes()).hexdigest()
+    assert lines["sha256"].startswith(digest)
+    assert lines["activation"] == "quick_gelu" and lines["identities"] == "7"
+    assert "6x2 patches" in lines["image"] and "heads 2" in lines["image"]
+    assert "best.pth: 351 arrays under the names of ITSELF" in best[1]
+
+
+def test_the_probe_tells_models_apart(best, tmp_path):
+    """The same numbers from another file of the same weights, others from other weights."""
+
+    def probe(path):
+        log = []
+        convert.examine(path, log.append)
+        return [line for line in log if line.startswith("probe")]
+
+    printed = [line for line in best[1].splitlines() if line.startswith("probe")]
+    assert len(printed) == 2 and all("global" in line and "local" in line for line in printed)
+    assert probe(best[0]) == printed
+    arrays = contents(best[0])
+    arrays["base_model.visual.ln_pre.bias"] = arrays["base_model.visual.ln_pre.bias"] + 0.01
+    arrays["texual_emb_layer.linear.bias"] = arrays["texual_emb_layer.linear.bias"] * 1.01
+    weight_files.write_torch(tmp_path / "other.pth", arrays)
+    image, text = probe(tmp_path / "other.pth")
+    assert image != printed[0] and text != printed[1]
+
+
+def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
+    log = []
+    source = convert.examine(GOLDEN / "hugging_face", log.append)
+    (arrays,) = [line for line in log if line.startswith("arrays")]
+    assert "93 mapped, 50 absent (42: the file has no local branch; 8: the file has no" in arrays
+    assert "1 dropped (1: the losses have no learnt temperature)" in arrays
+    for path, kwargs in (("clip.pt", {"layout": "openai"}), ("folder", {})):
+        convert.write(source, tmp_path / path, quiet, **kwargs)
+        again = convert.examine(tmp_path / path, quiet)
+        assert again.config.model == source.config.model
+        for name, array in source.weights.arrays.items():
+            expected = weights.read(source.weights, name, array)
+            np.testing.assert_array_equal(
+                weights.read(again.weights, name, again.weights.arrays[name]), expected
+            )
+
+
+def test_published_names_need_a_whole_model(tmp_path, unprobed):
+    """A CLIP under the published names is what training starts from, not a published model."""
+    source = convert.examine(GOLDEN / "open_clip", quiet)
+    convert.write(source, tmp_path / "a.safetensors", quiet)
+    found = weights.open_(tmp_path / "a.safetensors", quiet)
+    assert found.num_identities is None and not found.has_local
+    assert found.sizes["model.activation"] == "gelu" and found.sizes["model.vision_heads"] == 4
+
+
+def test_openai_names_say_what_they_leave_out(tmp_path, unprobed):
+    log = []
+    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    convert.write(source, tmp_path / "clip.npz", log.append, layout="openai")
+    assert "visual.conv1.weight" in contents(tmp_path / "clip.npz")
+    assert any(line.startswith("left out") and "no local branch" in line for line in log)
+
+
+def test_float16_says_what_it_rounds(tmp_path, unprobed):
+    log = []
+    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    convert.write(source, tmp_path / "half.pth", log.append)
+    (line,) = [line for line in log if line.startswith("rounding")]
+    rounded = {
+        name: values
+        for name, values in published.state().items()
+        if contents(tmp_path / "half.pth")[name].dtype == np.float16
+    }
+    inexact = sum(int((v.astype(np.float16) != v).sum()) for v in rounded.values())
+    assert f" {inexact:,} values" in line and inexact > 1000
+    log.clear()
+    convert.write(source, tmp_path / "whole.pth", log.append, dtype="float32")
+    assert not [line for line in log if line.startswith("rounding")]
+    assert_same(tmp_path / "whole.pth", tmp_path / "best.pth")
+
+
+def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path, unprobed):
+    bad = published.state()["base_model.visual.proj"]
+    bad[0, 0] = 7e4
+    path = published.write(tmp_path / "best.pth", base_model__visual__proj=bad)
+    source = convert.examine(path, quiet)
+    with pytest.raises(weights.WeightsError, match=r"visual\.proj holds 70000, which float16"):
+        convert.write(source, tmp_path / "half.pth", quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+    convert.write(source, tmp_path / "whole.pth", quiet, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_there_is_replaced_by_force_only(kind, tmp_path, unprobed):
+    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    target = tmp_path / "out" / kind
+    target.mkdir(parents=True) if kind == "folder" else target.parent.mkdir()
+    (target / "mine" if kind == "folder" else target).write_text("mine")
+    with pytest.raises((weights.WeightsError, weight_files.WeightFileError), match="--force") as no:
+        convert.write(source, target, quiet)
+    assert str(target) in str(no.value)
+    assert (target / "mine" if kind == "folder" else target).read_text() == "mine"
+    convert.write(source, target, quiet, force=True)
+    assert [p.name for p in target.parent.iterdir()] == [kind]
+    assert convert.examine(target, quiet).weights.num_identities == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_numbers_stop_a_conversion_and_leave_nothing(kind, tmp_path, unprobed):
+    """Met in the middle of writing, after other arrays are written."""
+    bad = published.state()["texual_emb_layer.mlp.layers.1.bias"]
+    bad[3] = np.nan
+    path = published.write(tmp_path / "best.pth", texual_emb_layer__mlp__layers__1__bias=bad)
+    source = convert.examine(path, quiet)
+    with pytest.raises(weights.WeightsError, match=r"texual_emb_layer\.mlp\.layers\.1\.bias"):
+        convert.write(source, tmp_path / "out" / kind, quiet)
+    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
+
+
+def test_a_full_disk_leaves_no_folder(tmp_path, unprobed, monkeypatch):
+    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(weights.WeightsError, match="folder cannot be written .No space left"):
+        convert.write(source, tmp_path / "folder", quiet)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+
+
+def test_a_known_file_is_recognised_by_its_checksum(tmp_path, unprobed, monkeypatch):
+    path = published.write(tmp_path / "best.pth")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(convert._KNOWN, digest, "OpenAI's ViT-X/3")
+    log = []
+    convert.examine(path, log.append)
+    assert any(line.startswith("sha256") and "(OpenAI's ViT-X/3)" in line for line in log)
+
+
+def test_the_command_checks_without_writing(tmp_path):
+    path = published.write(tmp_path / "best.pth")
+    done = command(path, "--check", "--activation=gelu", "--image_size=32x16")
+    assert done.returncode == 0, done.stderr
+    assert "activation   gelu" in done.stdout and "probe" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        (("nowhere.pth", "out.pth"), 1, "nowhere.pth"),
+        (("one",), 2, "DST"),
+        (("one", "two", "three"), 2, "expected, got 3 names"),
+        (("a", "b", "--layout=theirs"), 2, "layout"),
+        (("a", "b", "--image_size=big"), 2, "--image_size=big must be HEIGHTxWIDTH"),
+        (("a", "b", "--nonsense"), 2, "nonsense"),
+    ],
+)
+def test_failures_are_one_sentence_and_an_exit_code(arguments, code, message, tmp_path):
+    done = command(*arguments)
+    assert done.returncode == code
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line and "Traceback" not in done.stderr
