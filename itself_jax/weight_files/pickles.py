@@ -92,8 +92,7 @@ def load(
 def forbidden(name: str) -> Refused:
     """The refusal of a global by its name."""
     return Refused(
-        f"asks for {source_lib.show(name)[1:-1]}, which is code and not an array; nothing of it was"
-        " run",
+        f"asks for {source_lib.bare(name)}, which is code and not an array; nothing of it was run",
         "do not trust this file, or save only the model's state_dict()",
         code=True,
     )

@@ -23,7 +23,7 @@ DTYPES = {
 MAX_DIMENSIONS = 32
 MAX_NAME = 1000
 
-_WINDOW = 16 << 20  # bytes read at once where they are not the array itself
+_WINDOW = 4 << 20  # bytes read at once where they are not the array itself
 _AGAIN = "copy or download the file anew"
 
 
@@ -257,6 +257,11 @@ def show(value: Any) -> str:
             return f"[{', '.join(show(item) for item in value)}]"
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def bare(name: Any) -> str:
+    """The name of something, fit for a message and without quotes."""
+    return repr(name[:100])[1:-1] if isinstance(name, str) else show(name)
 
 
 def reason(error: BaseException) -> str:

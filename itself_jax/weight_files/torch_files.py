@@ -400,10 +400,10 @@ def _table(archive: _Archive, *, script: bool) -> Callable[[str], pickles.Name |
         "torch.Size": lambda sizes=(): tuple(sizes),
         "torch.device": lambda *_: pickles.Inert("device"),
         "torch.serialization._get_layout": lambda *_: pickles.Inert("layout"),
-        "torch.jit._pickle.build_intlist": _same,
-        "torch.jit._pickle.build_doublelist": _same,
-        "torch.jit._pickle.build_boollist": _same,
-        "torch.jit._pickle.build_tensorlist": _same,
+        "torch.jit._pickle.build_intlist": _unchanged,
+        "torch.jit._pickle.build_doublelist": _unchanged,
+        "torch.jit._pickle.build_boollist": _unchanged,
+        "torch.jit._pickle.build_tensorlist": _unchanged,
         "torch.jit._pickle.restore_type_tag": lambda value, _: value,
         "_codecs.encode": _encode,
     }
@@ -435,7 +435,7 @@ def _table(archive: _Archive, *, script: bool) -> Callable[[str], pickles.Name |
             raise pickles.Refused(f"holds {kind} ({name}), which cannot be read", _UNREADABLE)
         if name.startswith("torch.nn.modules."):
             raise pickles.Refused(
-                f"holds a whole model ({source_lib.show(name)[1:-1]}), {_WHOLE_MODEL}", _SAVE_STATE
+                f"holds a whole model ({source_lib.bare(name)}), {_WHOLE_MODEL}", _SAVE_STATE
             )
         return None
 
@@ -474,7 +474,7 @@ def _from_type(function: Any, kind: Any, arguments: Any, _: Any) -> source_lib.T
     return _tensor(function.call(*arguments))
 
 
-def _same(value: Any) -> Any:
+def _unchanged(value: Any) -> Any:
     return value
 
 

@@ -141,9 +141,9 @@ def _holds_arrays(value: Any) -> bool:
 
 
 def _listed(keys: list[Any]) -> str:
-    """Some keys in words; a name stands without quotes."""
-    shown = [key if source_lib.is_name(key) else source_lib.show(key) for key in keys[:8]]
-    return ", ".join(shown) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    """Some keys in words."""
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return ", ".join(map(source_lib.bare, keys[:8])) + more
 
 
 def _clean(value: Any) -> Any:

@@ -216,8 +216,8 @@ def _check(
                 f"{path} cannot hold an array named {source_lib.show(name)}: names are 1 to "
                 f"{source_lib.MAX_NAME} printable characters and no paths that lead elsewhere."
             )
-        if not hasattr(origin, "read"):
-            origin = np.asarray(origin)
+        if not hasattr(origin, "shape") or not hasattr(origin, "dtype"):
+            origin = np.asarray(origin)  # a number; other arrays stay where they are until written
         dtype, shape = np.dtype(origin.dtype).newbyteorder("="), tuple(origin.shape)
         if dtype.name not in dtypes:
             raise _unfit(

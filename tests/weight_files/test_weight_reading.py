@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 
 import craft
 import ml_dtypes
@@ -421,3 +423,11 @@ def test_shards_of_torch_are_read(wrap, tmp_path):
     file = weight_files.read(tmp_path)
     assert list(file.tensors) == ["a", "b"] and file.kind.startswith("torch.save")
     assert file.tensors["b"].read().tolist() == [0, 1, 2, 3]
+
+
+def test_neither_torch_nor_jax_is_needed():
+    """In a fresh interpreter where neither can be imported."""
+    code = "import sys\nfor n in ('torch', 'jax', 'tensorflow'): sys.modules[n] = None\n"
+    code += f"from itself_jax import weight_files\nweight_files.read({str(FILES / 'plain.pth')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
