@@ -372,10 +372,10 @@ def rollout_row(
 def rollout_matrix(maps: list[Float[Tensor, "b n n"]], *, discard: float) -> Float[Tensor, "b n n"]:
     """The whole attention rollout over `maps`, as the published code computes it."""
     with full_precision(maps[0]):
-        identity = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
-        rolled = identity
+        eye = torch.eye(maps[0].shape[-1], dtype=maps[0].dtype, device=maps[0].device)
+        rolled = eye
         for map_ in maps:
-            mixed = (discard_lowest_by_sort(map_, discard) + identity) / 2
+            mixed = (discard_lowest_by_sort(map_, discard) + eye) / 2
             rolled = mixed / mixed.sum(dim=-1, keepdim=True) @ rolled
     return rolled
 
