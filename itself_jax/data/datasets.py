@@ -8,7 +8,7 @@ import re
 import numpy as np
 from etils import epath
 
-from itself_jax.data import benchmarks, folders, own, packed, records
+from itself_jax.data import benchmarks, folders, own, packed, records, remote
 
 DATASETS = (*benchmarks.DATASETS, "jsonl")
 
@@ -65,7 +65,7 @@ def corpus(
       records.DataError: as `read`; missing images are not looked for.
     """
     _check_known(dataset)
-    root = epath.Path(data_root).expanduser()
+    root = remote.path(data_root)
     try:
         folder = packed.find(root, dataset, image_size)
     except records.DataError as unfit:
@@ -107,7 +107,7 @@ def files(dataset: str, data_root: epath.PathLike) -> records.Corpus:
       records.DataError: as `corpus`.
     """
     _check_known(dataset)
-    root = epath.Path(data_root).expanduser()
+    root = remote.path(data_root)
     return own.read(root) if dataset == "jsonl" else benchmarks.read(dataset, root)
 
 

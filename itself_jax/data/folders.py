@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
-from itself_jax.data import records
+from itself_jax.data import records, remote
 
 _NUM_THREADS = 16  # folders listed at a time: remote ones answer slowly
 _SHOWN = 12
@@ -116,7 +116,7 @@ class _Folder(NamedTuple):
 
 
 def _list(root: epath.Path, parent: pathlib.PurePosixPath) -> _Folder:
-    if not _is_local(root):
+    if not remote.is_local(root):
         return _Folder(frozenset(names(root / parent)), False, frozenset())
     found, outside_names = set(), set()
     try:
@@ -156,10 +156,6 @@ class _Spellings:
 
 def _is_below(path: str, base: str) -> bool:
     return path == base or path.startswith(base.rstrip(os.sep) + os.sep)
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
 
 
 def _fold(name: str) -> str:

@@ -20,14 +20,14 @@ import json
 import os
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from itself_jax.data import images, records
+from itself_jax.data import images, records, remote
 
 VERSION = "1.0.0"
 FOLDER = "packed"
@@ -110,6 +110,7 @@ def read(folder: epath.PathLike, dataset: str) -> records.Corpus:
     pictures = PackedImages(
         folder,
         shards=[Shard(**shard) for shard in manifest["shards"]],
+        files=manifest["files"],
         order=file_order(corpus),
         names=[record.image for record in corpus],
         size=tuple(manifest["resize"]) if manifest["resize"] else None,
@@ -152,9 +153,13 @@ class Shard:
 class PackedImages:
     """Pictures of a packed set, in annotation order.
 
+    A file that lies in a bucket is copied to this machine when the first of its pictures is read;
+    see `remote.copy` for the errors of this.
+
     Args:
       folder: of the packed set.
       shards: all its picture files, in order.
+      files: size and checksum of every file, by name, as in the manifest.
       order: annotation index of every record, in the order of the files.
       names: each picture's path in the annotation file.
       size: (H, W) of the raw pixels; None: the records hold the original bytes.
@@ -165,12 +170,14 @@ class PackedImages:
         folder: epath.PathLike,
         *,
         shards: Sequence[Shard],
+        files: Mapping[str, Mapping[str, Any]],
         order: Sequence[int],
         names: Sequence[str],
         size: tuple[int, int] | None,
     ):
         self._folder = os.fspath(folder)
         self._shards = tuple(shards)
+        self._files = tuple(files[shard.name] for shard in shards)
         self._names = tuple(names)
         self._size = size
         places = [(s, i) for s, shard in enumerate(shards) for i in range(shard.records)]
@@ -183,7 +190,7 @@ class PackedImages:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_readers"], state["_lock"]
+        del state["_readers"], state["_locks"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -192,7 +199,7 @@ class PackedImages:
 
     def _start_reading(self) -> None:
         self._readers: dict[int, Any] = {}  # by shard, opened when first needed
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in self._shards]
 
     def name(self, index: int) -> str:
         return f"{self._names[index]} in {self._path(int(self._places[index, 0]))}"
@@ -236,14 +243,16 @@ class PackedImages:
             reader = self._readers[shard] if shard in self._readers else self._open(shard)
             (record,) = reader.read([position])
             return record, _find_bytes(record, b"image")
+        except remote.CopyError:  # of the whole file
+            raise
         except (RuntimeError, OSError, ValueError, IndexError) as error:
             raise self._damaged(index, str(error)) from error
 
     def _open(self, shard: int) -> Any:
-        with self._lock:
+        with self._locks[shard]:
             if shard not in self._readers:
                 self._readers[shard] = array_record_module.ArrayRecordReader(
-                    self._path(shard),
+                    self._local(shard),
                     options=_READER_OPTIONS,
                     file_reader_buffer_size=_READER_BUFFER,
                 )
@@ -252,11 +261,24 @@ class PackedImages:
     def _path(self, shard: int) -> str:
         return os.fspath(epath.Path(self._folder) / self._shards[shard].name)
 
+    def _local(self, shard: int) -> str:
+        path, file = self._path(shard), self._files[shard]
+        if remote.is_local(path):
+            return path
+        copy = remote.copy(epath.Path(path), size=file["bytes"], sha256=file["sha256"])
+        return os.fspath(copy)
+
     def _damaged(self, index: int, reason: str) -> records.DataError:
-        path = self._path(int(self._places[index, 0]))
+        shard = int(self._places[index, 0])
+        path, cure = self._path(shard), "copy the file anew, or delete its folder and pack again"
+        if not remote.is_local(path):
+            path, cure = (
+                remote.place(self._files[shard]["sha256"]),
+                f"delete it, and it is copied anew from {path}",
+            )
         return records.DataError(
             f"{path} is damaged: the picture {self._names[index]} cannot be read from it "
-            f"({reason}); copy the file anew, or delete its folder and pack again."
+            f"({reason}); {cure}."
         )
 
 
@@ -264,7 +286,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """Returns the manifest of a finished set.
 
     Raises:
-      records.DataError: there is none, it is of another version, or altered.
+      records.DataError: there is none, it cannot be read, is of another version, or altered.
     """
     path = folder / MANIFEST
     try:
@@ -273,8 +295,13 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
         raise records.DataError(
             f"{folder} is no finished packed data set: it has no {MANIFEST}; pack the data set."
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise _altered(path) from error
+    except Exception as error:  # remote file systems raise errors of their own
+        raise records.DataError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); see that it can, then try "
+            "again."
+        ) from error
     version = manifest.get("version") if isinstance(manifest, dict) else None
     if isinstance(version, str) and version != VERSION:
         raise records.DataError(

@@ -26,7 +26,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
-from itself_jax.data import images, packed, records
+from itself_jax.data import images, packed, records, remote
 
 _PROGRESS = "progress.json"
 _RECORDS_PER_SHARD = 2048  # 300 MB of raw pixels at 384x128
@@ -63,11 +63,11 @@ def pack(
         is packing the same set. Finished files stay, for the next attempt.
     """
     out = epath.Path(out)
-    if _is_local(out):
+    if remote.is_local(out):
         out = epath.Path(os.path.abspath(out))
     final = out / packed.FOLDER / f"{corpus.dataset}-{packed.form_of(resize)}" / packed.VERSION
     # An object store has no folder to rename.
-    work = final.with_name(f".{packed.VERSION}.incomplete") if _is_local(out) else final
+    work = final.with_name(f".{packed.VERSION}.incomplete") if remote.is_local(out) else final
     annotations = _annotations(corpus, resize)
     digest = hashlib.sha256(annotations).hexdigest()
     with _locked(final.parent):
@@ -241,7 +241,7 @@ def _write_shard(
 ) -> dict[str, Any]:
     content = 0
     with contextlib.ExitStack() as stack:
-        if _is_local(path):
+        if remote.is_local(path):
             part = pathlib.Path(path.with_name(f".{path.name}.part"))
             stack.callback(part.unlink, missing_ok=True)
         else:
@@ -264,7 +264,7 @@ def _write_shard(
             with part.open("rb") as file:
                 os.fsync(file.fileno())
             digest, size = packed.sha256(part), part.stat().st_size
-            if _is_local(path):
+            if remote.is_local(path):
                 part.replace(path)
             else:
                 epath.Path(part).copy(path, overwrite=True)
@@ -346,7 +346,7 @@ def _read_progress(work: epath.Path, digest: str) -> dict[str, dict[str, Any]]:
 
 
 def _check_space(work: epath.Path, pictures: int, resize: tuple[int, int] | None) -> None:
-    if resize is None or not _is_local(work):
+    if resize is None or not remote.is_local(work):
         return
     needed = pictures * resize[0] * resize[1] * 3
     free = shutil.disk_usage(work).free
@@ -371,7 +371,7 @@ def _writing(path: epath.PathLike) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(folder: epath.Path) -> Iterator[None]:
     """Lets one process in at a time; the lock of a process that dies goes with it."""
-    if _is_local(folder):
+    if remote.is_local(folder):
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         path = pathlib.Path(folder) / ".lock"
@@ -398,7 +398,7 @@ def _locked(folder: epath.Path) -> Iterator[None]:
 
 def _publish(content: bytes, path: epath.Path) -> None:
     """Writes a small file so that it is there as a whole or not at all."""
-    if not _is_local(path):  # an object appears when it is complete
+    if not remote.is_local(path):  # an object appears when it is complete
         path.write_bytes(content)
         return
     part = pathlib.Path(path.with_name(f".{path.name}.part"))
@@ -449,7 +449,3 @@ def _source_sha256(corpus: records.Corpus) -> str | None:
 def _encoded(text: str) -> bytes:
     # JSON may hold half a surrogate pair, which is no text; annotations.json keeps it.
     return text.encode("utf-8", errors="replace")
-
-
-def _is_local(path: epath.PathLike) -> bool:
-    return "://" not in os.fspath(path)

@@ -271,6 +271,14 @@ def test_manifest_that_is_none_is_refused(altered, content):
         packed.read(folder, "cuhk_pedes")
 
 
+def test_manifest_that_cannot_be_read_is_not_called_altered(altered):
+    path = _folder(altered, SIZE) / "manifest.json"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(records.DataError, match=r"manifest\.json cannot be read \(IsADirectory"):
+        packed.read(path.parent, "cuhk_pedes")
+
+
 def test_another_data_set_is_refused(finished):
     with pytest.raises(
         records.DataError, match="'dataset' is 'cuhk_pedes', but 'rstp_reid' is wanted"
@@ -579,7 +587,8 @@ def test_unreadable_picture_stops_packing_and_is_named(corpus, tmp_path):
 
 def test_where_folders_cannot_be_renamed_the_manifest_comes_last(corpus, tmp_path, monkeypatch):
     """As in an object store: no working folder, and files arrive whole."""
-    monkeypatch.setattr(packing, "_is_local", lambda path: False)
+    monkeypatch.setattr(packing.remote, "is_local", lambda path: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(KeyboardInterrupt):
         stopped = corpus._replace(images=Watched(corpus.images, 29))
         packing.pack(stopped, tmp_path, log=_quiet)

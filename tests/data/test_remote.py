@@ -1,11 +1,15 @@
 """gs:// paths are read, examined and packed to as local ones are, in a bucket kept in memory."""
 
+import concurrent.futures
+import contextlib
 import io
 import json
 import pathlib
 import pickle
+import resource
 import sys
 import tempfile
+import threading
 
 import miniature
 import numpy as np
@@ -15,7 +19,16 @@ from etils.epath import backend, gpath
 from fsspec.implementations import memory
 
 from itself_jax import prepare
-from itself_jax.data import datasets, doctor, packed, packing, records
+from itself_jax.data import (
+    datasets,
+    doctor,
+    packed,
+    packing,
+    pipeline,
+    records,
+    remote,
+    tokenizer,
+)
 
 SIZE = (24, 12)
 ROOT = "gs://bucket/data sets"
@@ -32,6 +45,7 @@ class Bucket(memory.MemoryFileSystem):
         self.store = {}
         self.pseudo_dirs = [""]
         self.written = []  # names, in order
+        self.opened = []  # to be read, likewise
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -48,6 +62,7 @@ class Bucket(memory.MemoryFileSystem):
         if mode == "rb":
             if path not in self.store:
                 raise FileNotFoundError(path)
+            self.opened.append(path)
             return io.BytesIO(self.store[path].getvalue())  # threads read at places of their own
         assert mode == "wb"
         return _Upload(self, path)
@@ -78,6 +93,7 @@ def bucket(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)  # it would go before fsspec
     # The lock of a remote set lies there; test runs beside this one have the same bucket.
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     return made
 
 
@@ -241,6 +257,294 @@ def test_other_annotations_replace_a_packed_set(bucket, tmp_path):
     packed.verify(folder)
     rows = json.loads((folder / packed.ANNOTATIONS).read_text())["records"]
     assert [tuple(row[2]) for row in rows] == [record.captions for record in corpus.records]
+
+
+FORMS = pytest.mark.parametrize("resize", [None, SIZE], ids=["original", "resized"])
+
+
+@pytest.fixture
+def pack(monkeypatch, tmp_path):
+    """Packs a miniature below tmp_path and into the bucket, in files of a few pictures."""
+    monkeypatch.setattr(remote, "_BLOCK", 50_000)  # the files are larger
+    miniature.write(tmp_path / "files", "rstp_reid")
+    corpus = datasets.files("rstp_reid", tmp_path / "files")
+
+    def pack(resize=None, pictures=5):
+        monkeypatch.setattr(packing, "_RECORDS_PER_SHARD", pictures)
+        packing.pack(corpus, tmp_path, resize=resize, log=_quiet)
+        return packing.pack(corpus, ROOT, resize=resize, log=_quiet)
+
+    return pack
+
+
+def _read(split="train", root=ROOT):
+    return datasets.read("rstp_reid", root, split, image_size=SIZE)
+
+
+def _train(split):
+    return pipeline.TrainStream(
+        split,
+        tokenizer.Tokenizer(16),
+        image_size=SIZE,
+        batch_size=4,
+        num_instances=2,
+        num_epochs=2,
+        seed=0,
+        augment_image=True,
+        augment_caption=True,
+    )
+
+
+def _batches(stream):
+    with contextlib.closing(stream.batches()) as batches:
+        return list(batches)
+
+
+def _copied(bucket):
+    """The files of pictures that were read in the bucket, in order."""
+    names = (name.rpartition("/")[2] for name in bucket.opened)
+    return [name for name in names if "array_record" in name]
+
+
+def _cached():
+    folder = remote.place("any").parent
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def _damage(path, at=200):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 0x10
+    path.write_bytes(content)
+
+
+@FORMS
+def test_a_packed_set_in_a_bucket_reads_and_trains_as_the_local_one(resize, pack, tmp_path):
+    folder = pack(resize)
+    for name in records.SPLITS:
+        local = _read(name, tmp_path)
+        pixels = _pixels(local.images)
+        found = _read(name)
+        assert found.images.name(0) == f"{found.image_paths[0]} in {folder / _first(name)}"
+        for field in ("dataset", "split", "image_paths", "captions", "original_ids"):
+            assert getattr(found, field) == getattr(local, field)
+        for field in ("image_ids", "caption_ids", "caption_images"):
+            np.testing.assert_array_equal(getattr(found, field), getattr(local, field))
+        in_a_worker = pickle.loads(pickle.dumps(found.images))
+        np.testing.assert_array_equal(_pixels(in_a_worker), pixels)
+        np.testing.assert_array_equal(_pixels(found.images), pixels)
+        np.testing.assert_array_equal(_pixels(found.images.subset([2, 0])), [pixels[2], pixels[0]])
+    trained = [_batches(_train(_read(root=root))) for root in (ROOT, tmp_path)]
+    assert len(trained[1]) > 4
+    for got, wanted in zip(*trained, strict=True):
+        for one, other in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def _first(split):
+    count = {"train": 3, "val": 1, "test": 2}[split]
+    return f"packed-{split}.array_record-00000-of-{count:05}"
+
+
+def test_only_what_is_looked_at_is_copied_and_only_once(bucket, pack):
+    pack(SIZE)
+    bucket.opened.clear()
+    pictures = _read().images
+    assert not _copied(bucket) and not _cached()
+    pictures.load(1, SIZE)
+    pictures.load(2, SIZE)
+    assert _copied(bucket) == ["packed-train.array_record-00000-of-00003"]
+    pictures.load(11, SIZE)
+    pickle.loads(pickle.dumps(pictures)).load(1, SIZE)
+    _pixels(_read().images)
+    assert sorted(_copied(bucket)) == [
+        f"packed-train.array_record-0000{n}-of-00003" for n in range(3)
+    ]
+    assert [len(path.name) for path in _cached()] == [64] * 3
+
+
+def test_a_local_set_is_read_where_it_lies(pack, tmp_path):
+    pack(SIZE)
+    _pixels(_read(root=tmp_path).images)
+    assert not _cached()
+
+
+def test_what_is_packed_anew_is_copied_anew(pack, tmp_path):
+    old = pack(SIZE)
+    before = _pixels(_read().images)
+    miniature.write(tmp_path / "other", "rstp_reid", seed=1)
+    corpus = datasets.files("rstp_reid", tmp_path / "other")
+    assert packing.pack(corpus, ROOT, resize=SIZE, log=_quiet) == old
+    after = _pixels(_read().images)
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, _pixels(_read(root=tmp_path / "other").images))
+
+
+@FORMS
+def test_a_flipped_byte_in_the_bucket_is_noticed_and_no_copy_stays(resize, pack):
+    folder = pack(resize)
+    path = folder / "packed-train.array_record-00001-of-00003"
+    good = path.read_bytes()
+    pictures = _read().images
+    for at in (0, len(good) // 2, len(good) - 1):
+        path.write_bytes(good)
+        _damage(path, at)
+        with pytest.raises(remote.CopyError, match="is damaged: .* checksum .*; try") as caught:
+            pictures.load(5, SIZE)
+        assert str(caught.value).startswith(f"{path} ")
+        assert sum(path.stat().st_size for path in _cached()) == 0
+    pictures.load(0, SIZE)  # lies in another file
+    path.write_bytes(good)
+    pictures.load(5, SIZE)
+
+
+def test_another_file_of_this_name_and_size_is_noticed(bucket, pack):
+    folder = pack(SIZE)
+    pictures = _read("test").images
+    one, other = (folder / f"packed-test.array_record-0000{n}-of-00002" for n in range(2))
+    assert one.stat().length == other.stat().length
+    other.write_bytes(one.read_bytes())
+    with pytest.raises(remote.CopyError, match="00001-of-00002 is damaged"):
+        _pixels(pictures)
+
+
+def test_training_stops_at_a_file_that_cannot_be_had_rather_than_replacing_its_pictures(pack):
+    folder = pack(SIZE, pictures=1)  # so that there is another one of each person
+    stream = _train(_read())
+    (folder / "packed-train.array_record-00001-of-00012").unlink()
+    with pytest.raises(
+        remote.CopyError,
+        match=r"00001-of-00012 cannot be copied from its bucket \(FileNotFoundError: .*start the "
+        "same command again",
+    ):
+        _batches(stream)
+    assert stream.replaced == 0
+
+
+def test_a_bucket_that_does_not_answer_is_named(monkeypatch, bucket, pack):
+    pack(SIZE)
+    answers = threading.Event()
+    usual = Bucket._open
+
+    def late(self, path, mode="rb", **kwargs):
+        if "array_record" in path:
+            answers.wait(60)
+        return usual(self, path, mode, **kwargs)
+
+    pictures = _read().images
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_PATIENCE", 0.1)
+        patch.setattr(Bucket, "_open", late)
+        with pytest.raises(remote.CopyError, match=r"its bucket \(no answer for 0\.1 s\); see"):
+            pictures.load(0, SIZE)
+        answers.set()
+    pictures.load(0, SIZE)
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "deleted"])
+def test_a_copy_that_is_not_whole_is_made_anew(damage, pack):
+    pack(SIZE)
+    wanted = _pixels(_read().images)
+    for path in _cached():
+        if damage == "deleted":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else b"")
+    np.testing.assert_array_equal(_pixels(_read().images), wanted)
+    assert [len(path.name) for path in _cached()] == [64] * 3
+
+
+def test_a_flipped_byte_of_a_copy_is_noticed_and_the_message_says_to_delete_it(pack):
+    folder = pack(SIZE)
+    pictures = _read("val").images
+    wanted = pictures.load(0, SIZE)
+    (copy,) = _cached()
+    _damage(copy, copy.read_bytes().index(wanted.tobytes()[:100]))
+    again = pickle.loads(pickle.dumps(pictures))
+    with pytest.raises(records.DataError) as caught:
+        again.load(0, SIZE)
+    assert str(caught.value).startswith(f"{copy} is damaged: the picture ")
+    assert f"; delete it, and it is copied anew from {folder / _first('val')}." in str(caught.value)
+    copy.unlink()
+    again = pickle.loads(pickle.dumps(pictures))
+    np.testing.assert_array_equal(again.load(0, SIZE), wanted)
+
+
+def test_threads_and_copies_of_the_pictures_share_one_copying(monkeypatch, bucket, pack):
+    pack(SIZE)
+    pictures = _read("val").images
+    bucket.opened.clear()
+    started, usual = threading.Barrier(6), Bucket._open
+    copies = [pictures, pictures, *(pickle.loads(pickle.dumps(pictures)) for _ in range(4))]
+
+    def slow(self, path, mode="rb", **kwargs):
+        threading.Event().wait(0.2)  # for the others to come
+        return usual(self, path, mode, **kwargs)
+
+    def load(one):
+        started.wait(10)
+        return one.load(0, SIZE)
+
+    monkeypatch.setattr(Bucket, "_open", slow)
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        loaded = list(pool.map(load, copies))
+    for pixels in loaded[1:]:
+        np.testing.assert_array_equal(pixels, loaded[0])
+    assert _copied(bucket) == [_first("val")]
+    assert len(_cached()) == 1
+
+
+def test_what_a_killed_process_left_is_no_part_of_a_copy(pack):
+    pack(SIZE)
+    wanted = _pixels(_read("val").images)
+    (copy,) = _cached()
+    content = copy.read_bytes()
+    copy.with_name(f"{copy.name}.part").write_bytes(content[:70_000])
+    copy.unlink()
+    np.testing.assert_array_equal(_pixels(_read("val").images), wanted)
+    assert _cached() == [copy] and copy.read_bytes() == content
+
+
+def test_a_full_disk_is_said_and_nothing_is_left_on_it(pack):
+    folder = pack(SIZE)
+    pictures = _read("val").images
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(remote.CopyError) as caught:
+            pictures.load(0, SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / _first('val')} (0 MB) cannot be copied to ")
+    assert "File too large" in message and "set XDG_CACHE_HOME to another folder" in message
+    assert sum(path.stat().st_size for path in _cached()) == 0
+    pictures.load(0, SIZE)
+
+
+def test_a_cache_that_cannot_be_written_is_named(monkeypatch, pack, tmp_path):
+    pack(SIZE)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(remote.CopyError, match=f"copied to {tmp_path}/file/itself_jax/packed "):
+        _read().images.load(0, SIZE)
+
+
+def test_a_packed_set_in_a_bucket_is_verified_and_packed_resized(pack, tmp_path):
+    pack(None)
+    prepare.prepare("rstp_reid", ROOT, out=tmp_path / "out", resize=SIZE)
+    wanted = _pixels(_read(root=tmp_path / "files").images)
+    np.testing.assert_array_equal(_pixels(_read(root=tmp_path / "out").images), wanted)
+
+
+@pytest.mark.parametrize("dataset", datasets.DATASETS)
+def test_an_address_that_is_no_path_is_refused(dataset):
+    for read in (lambda root: datasets.read(dataset, root, "train"), remote.path):
+        with pytest.raises(records.DataError) as caught:
+            read("https://host/data")
+        assert str(caught.value) == (
+            "https://host/data is no path of a data set: https:// cannot be read; use a local "
+            "path or a bucket's, such as gs://BUCKET/FOLDER."
+        )
 
 
 def test_without_gcsfs_the_message_says_what_to_install(monkeypatch):
