@@ -36,7 +36,8 @@ def write_torch(
 ) -> None:
     """Writes what `torch.save({wrap: OrderedDict(tensors), **extra}, path)` would write.
 
-    Any torch since 1.6 loads it, also with `weights_only=True`.
+    Any torch since 1.6 loads it, and since 1.13 also with `weights_only=True` (2.0, if `extra` has
+    a float).
 
     Args:
       path: the file; its folder exists.

@@ -164,9 +164,12 @@ TRICKS = {
     "state of a tensor": (craft.tensor() + b"}b", "sets the state of a Tensor"),
     "a call of a string": (craft.text("os.system") + b")R", "calls 'os.system'"),
     "a call of a tensor": (craft.tensor() + b")R", "calls a Tensor"),
-    "a call of a type": (craft.name("torch", "FloatStorage") + b")R", "calls torch.FloatStorage"),
-    "a call of dict": (craft.name("builtins", "dict") + b")R", "calls builtins.dict"),
-    "a new function": (craft.name("torch", "Tensor") + b")\x81", "calls torch.Tensor"),
+    "a call of a type": (
+        craft.name("torch", "FloatStorage") + b")R",
+        "calls torch.FloatStorage, which",
+    ),
+    "a call of dict": (craft.name("builtins", "dict") + b")R", "calls builtins.dict, which"),
+    "a new function": (craft.name("torch", "Tensor") + b")\x81", "calls torch.Tensor, which"),
     "NEWOBJ_EX": (craft.name("collections", "OrderedDict") + b")}\x92", "instruction NEWOBJ_EX"),
     "OBJ": (b"(" + craft.name("collections", "OrderedDict") + b"o", "instruction OBJ"),
     "EXT1": (b"\x82\x01", "asks for extension 1 of copyreg"),
@@ -196,6 +199,7 @@ TRICKS = {
         "names a storage without a type",
     ),
     "a name with an escape": (b"cposi\\x78\nmkdir\n)R", "asks for posix.mkdir"),
+    "a name with an odd escape": (b"cposi\\sx\nmkdir\n)R", "pickle cannot be read"),
     "a subclass that rebuilds itself": (
         craft.call(
             "torch._tensor",
@@ -232,7 +236,7 @@ def refused_quickly(content: bytes, message: str, tmp_path) -> None:
 
 def test_doubling_lists_are_never_walked_through(tmp_path):
     """ "Billion laughs": sixty lists that each hold the one before twice."""
-    value = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+    value = b"]q\x000" + b"".join(b"](h%ch%ceq%c0" % (i, i, i + 1) for i in range(60)) + b"h\x3c"
     content = craft.torch_zip(craft.dict_of({"model": MODEL, "laughs": value}))
     (tmp_path / "file").write_bytes(content)
     file = weight_files.read(tmp_path / "file")
