@@ -29,7 +29,7 @@ class Refused(Exception):
         super().__init__(what)
         self.what = what
         self.advice = advice
-        self.code = code  # it asks for something that is not data
+        self.code = code  # whether it asks for something that would run
 
 
 class Name:
@@ -90,11 +90,11 @@ def load(
 
 
 def forbidden(name: str) -> Refused:
-    """The refusal of a global by its name."""
+    """The refusal of a global by its name; also of what is a name only in a text file."""
     return Refused(
         f"asks for {source_lib.bare(name)}, which is code and not an array; nothing of it was run",
         "do not trust this file, or save only the model's state_dict()",
-        code=True,
+        code=all(part.isidentifier() for part in name.split(".")),
     )
 
 
@@ -138,10 +138,14 @@ class _Machine:
         if name == "INST":
             raise forbidden(str(argument).replace(" ", "."))
         if name in ("EXT1", "EXT2", "EXT4"):
-            raise forbidden(f"extension {argument} of copyreg")
+            raise Refused(
+                f"asks for extension {argument} of copyreg, which is code; nothing of it was run",
+                code=True,
+            )
         raise Refused(
             f"uses the pickle instruction {name}, which weights never need; nothing of it was run",
             "save it anew with torch.save(model.state_dict(), …)",
+            code=True,
         )
 
     def _pop(self) -> Any:

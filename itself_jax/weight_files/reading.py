@@ -142,13 +142,14 @@ def _read_file(path: pathlib.Path, *, alone: bool) -> _Content:
         source.refuse(f"is one of {int(shard[3])} shards", "give their folder or their index")
     if head.startswith(zips.MAGIC):
         return _read_zip(source)
-    if head[:1] == b"\x80" and len(head) > 1 and head[1] <= 5:
-        return _read_pickle(source)
-    if safetensors_files.looks_like(head):
-        tensors, metadata = safetensors_files.read(source)
-        return _Content("safetensors", tensors, metadata, [])
     if head[:1] == b"{" and path.name.endswith(".json"):
         return _read_shards(source)
+    # The length of a header can begin like a pickle: 384 is b"\x80\x01".
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05" and head[5:9] != b"\0\0\0{":
+        return _read_pickle(source)
+    if head[8:9] == b"{":
+        tensors, metadata = safetensors_files.read(source)
+        return _Content("safetensors", tensors, metadata, [])
     # Pickles of protocol 0 begin with one of these; what they ask for is named.
     if head[:1] in (b"c", b"(", b"]", b"}", b"i"):
         torch_files.refuse_code(source)

@@ -34,11 +34,6 @@ DTYPES = {
 }
 
 
-def looks_like(head: bytes) -> bool:
-    """Whether a file that begins with `head` can only be meant as safetensors."""
-    return len(head) > 8 and head[8:9] == b"{"
-
-
 def read(source: source_lib.Source) -> tuple[dict[str, source_lib.Tensor], dict[str, Any]]:
     """Returns the arrays in the order of the header, and its `__metadata__`.
 

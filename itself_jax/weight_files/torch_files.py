@@ -91,12 +91,12 @@ def read_zip(
     order = files["byteorder"].read(16).decode("latin-1") if "byteorder" in files else "little"
     if order not in ("little", "big"):
         source.refuse(f"is damaged: its entry 'byteorder' is {source_lib.show(order)}")
-    # The other pickles are read for the sake of what they might ask for, not for their arrays:
-    # `torch.jit.save` leaves out the storages of a trace's example inputs.
+    # The other pickles are read for the sake of what they might ask for. Else they may be anything:
+    # users can add files, and the storages of a trace's example inputs are left out.
     for name, entry in entries.items():
         if name.endswith(".pkl") and name != prefix + "data.pkl":
-            archive = _Archive(source, script=script)
-            archive.interpret(io.BytesIO(entry.read(pickles.MAX_BYTES)), archive.nowhere)
+            content = io.BytesIO(entry.read(pickles.MAX_BYTES))
+            _refuse_code(content, _Archive(source, script=script))
     archive = _Archive(source, script=script)
     archive.swapped = order != sys.byteorder
     stored = {n.removeprefix("data/"): e for n, e in files.items() if n.startswith("data/")}
@@ -146,13 +146,14 @@ def read_legacy(source: source_lib.Source) -> Any:
     at = stream.tell()
     for key in keys:
         storage = archive.storages.get(key)
-        if storage is None:
-            source.refuse(f"is damaged: nothing refers to its storage {source_lib.show(key)}")
+        if storage is None or storage.start is not None:
+            how = "nothing refers to" if storage is None else "there are two of"
+            source.refuse(f"is damaged: {how} its storage {source_lib.show(key)}")
         length = source.read(at, 8)
         if len(length) < 8:
             source.refuse("is cut off: a storage is missing")
         count = int.from_bytes(length, "little", signed=True)
-        if count != storage.count or storage.start is not None:
+        if count != storage.count:
             source.refuse(
                 f"is damaged: its storage {source_lib.show(key)} has {count} elements, but "
                 f"{storage.count} are expected"
@@ -173,9 +174,12 @@ def refuse_code(source: source_lib.Source) -> None:
     Raises:
       WeightFileError: it does.
     """
-    archive = _Archive(source, script=False)
+    _refuse_code(io.BufferedReader(_Stream(source)), _Archive(source, script=False))
+
+
+def _refuse_code(stream: Any, archive: _Archive) -> None:
     try:
-        pickles.load(io.BufferedReader(_Stream(source)), archive.lookup)
+        pickles.load(stream, archive.lookup, archive.nowhere)
     except pickles.Refused as refused:
         if refused.code:
             archive.refuse(refused)

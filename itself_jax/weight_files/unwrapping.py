@@ -121,7 +121,7 @@ def _model_in(source: source_lib.Source, content: dict[Any, Any]) -> str | None:
             "save the one you want alone",
         )
     source.refuse(
-        f"holds no arrays, but {_listed(list(content)) or 'nothing'}",
+        f"holds no arrays, but {_listed(list(content))}" if content else "holds no arrays",
         "give the file that a model's state_dict() was saved to",
     )
 

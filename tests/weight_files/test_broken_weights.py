@@ -86,6 +86,8 @@ SOMETHING_ELSE = {
     ),
     "zeros": (bytes(5000), "begins with nothing but zeros: it was not written to the end"),
     "text": (b"epoch 1: loss 3.5\n", "is no file of weights: it begins with b'epoch 1:'"),
+    "a table": (b"caption,image path\na man,1.jpg\n", "is no file of weights: it begins with b'ca"),
+    "another table": (b"id,caption\n1,a man\n", "is no file of weights: it begins with b'id,"),
     "JSON": (b'{"a": 1}', "is no file of weights"),
     "a zip file without entries": (craft.zip_file({}), "is a zip file without entries"),
     "some zip file": (craft.zip_file({"a.txt": b"x"}), "that neither torch.save nor numpy.savez"),
@@ -223,7 +225,7 @@ TORCH = {
     ),
     "a list of arrays": (craft.torch_zip(craft.list_of(craft.tensor())), "holds a list of 1"),
     "a single array": (craft.torch_zip(craft.tensor()), "holds a single array"),
-    "nothing": (craft.torch_zip(b"}"), "holds no arrays, but nothing"),
+    "nothing": (craft.torch_zip(b"}"), "holds no arrays: give the file"),
     "no arrays": (craft.torch_zip(craft.dict_of({"epoch": b"K\x01"})), "no arrays, but epoch"),
     "several models": (
         craft.torch_zip(craft.dict_of({"student": MODEL, "teacher": MODEL})),
@@ -293,7 +295,7 @@ LEGACY = {
     ),
     "a storage twice": (
         craft.legacy(MODEL, keys=["0", "0"]) + OLD[-24:],
-        "its storage '0' has 4 elements, but 4 are expected",
+        "there are two of its storage '0'",
     ),
     "no storages": (craft.legacy(MODEL, storages={}), "its storage '0' is missing"),
     "keys that are none": (
@@ -542,6 +544,12 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(places, message, tmp_p
         else:
             with pytest.raises(weight_files.WeightFileError, match=message):
                 weight_files.read(path)
+
+
+def test_an_index_is_no_safetensors_file_wherever_it_has_a_brace(tmp_path):
+    (tmp_path / "x.bin.index.json").write_text('{"abcd":{}}')
+    with pytest.raises(weight_files.WeightFileError, match="does not say which shards"):
+        weight_files.read(tmp_path)
 
 
 def test_an_index_that_is_no_json_is_refused(tmp_path):

@@ -147,6 +147,18 @@ def test_what_is_not_on_the_list_is_refused_by_name(module, attribute, tmp_path)
         assert f"asks for {module}.{attribute}, which is code" in str(error.value)
 
 
+def test_other_pickles_in_an_archive_may_be_anything_but_code(tmp_path):
+    for content in (b"hello", b"", craft.pickle(b"\xff"), craft.pickle(craft.tensor())):
+        value = craft.torch_zip(MODEL, more={"archive/extra/notes.pkl": content})
+        (tmp_path / "file").write_bytes(value)
+        assert list(weight_files.read(tmp_path / "file").tensors) == ["a"]
+    for content in (b"\x822", b"(oR", b"2"):
+        value = craft.torch_zip(MODEL, more={"archive/extra/notes.pkl": content})
+        (tmp_path / "file").write_bytes(value)
+        with pytest.raises(weight_files.WeightFileError, match="nothing of it was run"):
+            weight_files.read(tmp_path / "file")
+
+
 def test_script_classes_are_inert_in_a_script_and_code_elsewhere(tmp_path):
     value = craft.module("Net", {"a": craft.tensor()})
     (tmp_path / "script").write_bytes(craft.script_zip(value))

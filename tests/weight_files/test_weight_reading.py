@@ -93,6 +93,14 @@ def test_safetensors_by_the_library_are_read():
     assert set(file.tensors) == set(expected)
 
 
+@pytest.mark.parametrize("high", range(7))
+def test_a_header_whose_length_looks_like_a_pickle_is_read(high, tmp_path):
+    """384 = 0x180 is stored as 80 01, which is how a pickle of protocol 1 would begin."""
+    header = json.dumps({"a": craft.field()}).encode().ljust(0x80 + 0x100 * high)
+    (tmp_path / "file").write_bytes(craft.safetensors(header, craft.four_floats()))
+    assert_same(weight_files.read(tmp_path / "file"), {"a": np.arange(4, dtype=np.float32)})
+
+
 def test_npz_by_numpy_is_read(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {code: (rng.normal(size=(3, 4)) * 9).astype(code) for code, _ in SIZES}
