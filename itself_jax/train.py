@@ -200,7 +200,9 @@ def evaluate_only(
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     test_splits = read_test_splits(config, log)
     alpha = best.meta.get("best_alpha") if config.eval.alpha is None else config.eval.alpha
-    chooses = alpha is None and config.local.enabled
+    if not config.local.enabled:
+        alpha = 1.0
+    chooses = alpha is None
     if chooses:
         validation_split = read_split(config, config.dataset, validation_name(config), log)
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)

@@ -198,7 +198,7 @@ def test_a_run_goes_to_the_published_layout_and_back(data, tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda path: path.write_text("<!DOCTYPE html><html>sign in</html>"), "HTML"),
+        (lambda path: path.write_text("<!DOCTYPE html><html>sign in</html>"), "web page"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "git.lfs"),
         (
             lambda path: published.write(path, SIZES, base_model__ln_final__bias=None),
