@@ -229,7 +229,12 @@ def write(
         name: _Stored(name, array, dtype == "published", rounding) for name, array in named.items()
     }
     note = json.dumps(description)
-    if path.suffix in _TORCH:
+    if path.suffix in _TORCH and layout == "openai":
+        # OpenAI's program takes the names and nothing else.
+        weight_files.write_torch(path, stored, wrap=None, force=force)
+        for line in _unsaid(source):
+            log(line)
+    elif path.suffix in _TORCH:
         # What the published program writes beside the model.
         progress = {key: found.meta.get(key, 0) for key in ("num_epoch", "iteration", "epoch")}
         weight_files.write_torch(
@@ -250,6 +255,20 @@ def write(
     names = dialects.WRITABLE[layout].name
     log(f"Written to {path}: {len(stored)} arrays under the names of {names}")
     return path
+
+
+def _unsaid(source: Source) -> list[str]:
+    """What a file of names alone lets its reader guess wrongly."""
+    model = source.config.model
+    by_rule = {
+        "activation": "quick_gelu",
+        "vision_heads": model.vision_width // 64,
+        "text_heads": model.text_width // 64,
+    }
+    wrong = [f"{k} {getattr(model, k)}" for k, v in by_rule.items() if getattr(model, k) != v]
+    if not wrong:
+        return []
+    return [f"WARNING: this file cannot say {', '.join(wrong)}, which is not OpenAI's: remember it"]
 
 
 class _Checked:

@@ -168,7 +168,7 @@ def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
     (arrays,) = [line for line in log if line.startswith("arrays")]
     assert "93 mapped, 50 absent (42: the file has no local branch; 8: the file has no" in arrays
     assert "1 dropped (1: the losses have no learnt temperature)" in arrays
-    for path, kwargs in (("clip.pt", {"layout": "openai"}), ("folder", {})):
+    for path, kwargs in (("clip.safetensors", {"layout": "openai"}), ("folder", {})):
         convert.write(source, tmp_path / path, quiet, **kwargs)
         again = convert.examine(tmp_path / path, quiet)
         assert again.config.model == source.config.model
@@ -194,6 +194,21 @@ def test_openai_names_say_what_they_leave_out(tmp_path, unprobed):
     convert.write(source, tmp_path / "clip.npz", log.append, layout="openai")
     assert "visual.conv1.weight" in contents(tmp_path / "clip.npz")
     assert any(line.startswith("left out") and "no local branch" in line for line in log)
+
+
+def test_a_state_of_openai_names_is_nothing_else_and_says_what_it_cannot(tmp_path, unprobed):
+    log = []
+    convert.write(
+        convert.examine(published.write(tmp_path / "best.pth"), quiet),
+        tmp_path / "clip.pt",
+        log.append,
+        layout="openai",
+    )
+    file = weight_files.read(tmp_path / "clip.pt")
+    assert file.metadata == {} and not [line for line in log if "WARNING" in line]
+    source = convert.examine(GOLDEN / "open_clip", quiet)
+    convert.write(source, tmp_path / "other.pt", log.append, layout="openai")
+    assert "cannot say activation gelu, vision_heads 4, text_heads 4" in log[-2]
 
 
 def test_float16_says_what_it_rounds(tmp_path, unprobed):

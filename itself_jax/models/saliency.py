@@ -70,16 +70,27 @@ def discard_lowest(attention: Float[Array, "b n n"], share: float) -> Float[Arra
 
     The lowest are taken over the whole map, not per row; among equals the lower flat index goes
     first. Flat index 0 (CLS→CLS) counts among the lowest if it is one of them, but keeps its value.
-    Entries must be ≥ 0: the bits of such floats order like integers, so that the threshold is found
-    by bisection over 31 bits instead of a sort over n² entries (37,249 of them at full size).
+    Entries must be ≥ 0.
     """
     b, n, _ = attention.shape
     count = int(n * n * share)
     if count == 0:
         return attention
     flat = attention.reshape(b, n * n).astype(jnp.float32)
+    dropped = lowest(flat, count).at[:, 0].set(False)
+    return jnp.where(dropped, 0.0, flat).reshape(b, n, n)
+
+
+@jax.jit
+def lowest(values: Float[Array, "b s"], count: Int[Array, ""] | int) -> Bool[Array, "b s"]:
+    """Marks the `count` lowest of each row, among equals the lower index first.
+
+    Values must be ≥ 0: the bits of such floats order like integers, so that the threshold is found
+    by bisection over 31 bits instead of a sort over n² entries (37,249 of them at full size).
+    Compiled under its own name, by which `onnx_graph` knows it: ONNX has one operator for it.
+    """
     # Adding 0.0 turns -0.0 into 0.0, whose bits would otherwise sort below everything.
-    bits = jax.lax.bitcast_convert_type(flat + 0.0, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)
 
     def refine(i: Int[Array, ""], threshold: Int[Array, "b 1"]) -> Int[Array, "b 1"]:
         candidate = threshold | (jnp.int32(1) << (30 - i))
@@ -87,13 +98,11 @@ def discard_lowest(attention: Float[Array, "b n n"], share: float) -> Float[Arra
         return jnp.where(below < count, candidate, threshold)
 
     # The count-th lowest value: the largest threshold with fewer than `count` entries below it.
-    threshold = jax.lax.fori_loop(0, 31, refine, jnp.zeros((b, 1), jnp.int32))
+    threshold = jax.lax.fori_loop(0, 31, refine, jnp.zeros((values.shape[0], 1), jnp.int32))
     below = bits < threshold
     level = bits == threshold
     room = count - jnp.sum(below, axis=1, keepdims=True)
-    dropped = below | (level & (jnp.cumsum(level, axis=1) <= room))
-    dropped = dropped.at[:, 0].set(False)
-    return jnp.where(dropped, 0.0, flat).reshape(b, n, n)
+    return below | (level & (jnp.cumsum(level, axis=1) <= room))
 
 
 def rollout(
