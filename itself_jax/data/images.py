@@ -44,6 +44,7 @@ class Images(Protocol):
 
         Raises:
           records.DataError: it cannot be read; the message names the file.
+          remote.CopyError: a packed set's file of pictures cannot be had from its bucket.
         """
         ...
 
@@ -52,6 +53,7 @@ class Images(Protocol):
 
         Raises:
           records.DataError: they cannot be read; the message names the file.
+          remote.CopyError: as `load`.
         """
         ...
 

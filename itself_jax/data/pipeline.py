@@ -204,6 +204,7 @@ class TrainStream:
           ValueError: `start_step` is not in 0..total_steps.
           records.DataError: from `next`, when none of an identity's pictures can be read, or more
             than 1 % of the split's pictures were found unreadable.
+          remote.CopyError: from `next`, when a file of pictures cannot be had from its bucket.
         """
         if not 0 <= start_step <= self.total_steps:
             raise ValueError(f"start_step={start_step} is not in 0..{self.total_steps}.")
@@ -369,6 +370,7 @@ def image_batches(
 
     Raises:
       records.DataError: an image cannot be read.
+      remote.CopyError: a file of pictures cannot be had from its bucket.
     """
     total = len(split.images)
     with contextlib.closing(

@@ -1,9 +1,9 @@
 """Data roots in buckets, such as `gs://BUCKET/FOLDER`: what they are, and local copies of files.
 
 Whatever is read once is read where it lies. The pictures of a packed set are read at random and in
-every epoch, so `copy` brings their files here first. (Recent releases of ArrayRecord open `gs://`
-themselves, in about ten requests a picture, with a client and credentials of their own, and wait
-in C++, deaf to signals, for a bucket that does not answer.)
+every epoch, so `copy` brings their files here first. Recent releases of ArrayRecord open `gs://`
+themselves, but with a client and credentials of their own, which ask anew for every picture and
+wait in C++, for more than ten minutes, where nobody answers.
 """
 
 from __future__ import annotations
