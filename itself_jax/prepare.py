@@ -18,7 +18,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from etils import epath
 
-from itself_jax.data import datasets, doctor, packed, records
+from itself_jax.data import datasets, doctor, packed, records, remote
 
 _DATASET = flags.DEFINE_string("dataset", None, f"One of {', '.join(datasets.DATASETS)}.")
 _ROOT = flags.DEFINE_string("root", None, "What the config calls data_root.")
@@ -103,9 +103,9 @@ def prepare(
       records.DataError: the data cannot be read, or an error was found; nothing is packed then.
       OSError: the report cannot be written.
     """
-    root = epath.Path(root).expanduser()
+    root = remote.path(root)
     if out is not None:
-        out = epath.Path(out).expanduser()
+        out = remote.path(out)
     corpus = _read(dataset, root)
     report = doctor.examine(corpus, text_length=text_length, log=_say)
     _say(report.table())
@@ -158,6 +158,9 @@ def _write(
 
 def _write_atomically(folder: epath.Path, text: str) -> epath.Path:
     folder.mkdir(parents=True, exist_ok=True)
+    if not remote.is_local(folder):  # an object appears when it is complete
+        (folder / _REPORT).write_text(text)
+        return folder / _REPORT
     temporary = folder / f".{_REPORT}.{os.getpid()}.tmp"
     try:
         temporary.write_text(text)

@@ -140,6 +140,19 @@ def test_a_report_that_cannot_be_written_says_to_name_a_folder(data, tmp_path):
     assert (code, err) == (0, []) and f"Written to {tmp_path}/doctor.json." in out
 
 
+@pytest.mark.parametrize("flag", ["root", "out"])
+def test_an_address_that_is_no_path_is_one_sentence(data, flag):
+    flags = {"root": data, flag: "https://host/data"}
+    code, out, err = _prepare(
+        "--dataset=cuhk_pedes", *(f"--{name}={value}" for name, value in flags.items())
+    )
+    assert (code, out) == (1, "")
+    assert err == [
+        "itself_jax: https://host/data is no path of a data set: https:// cannot be read; use a "
+        "local path or a bucket's, such as gs://BUCKET/FOLDER."
+    ]
+
+
 REJECTED = {
     "--root=x": "--dataset is required, e.g. --dataset=cuhk_pedes",
     "--dataset=cuhk_pedes": "--root is required, e.g. --root=/data",

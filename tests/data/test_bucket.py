@@ -12,7 +12,6 @@ import tiny
 
 pytest.importorskip("gcsfs")
 server = pytest.importorskip("gcp_storage_emulator.server")
-objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
 
 ROOT = pathlib.Path(__file__).parents[2]
 OUT = "gs://bucket/data sets"
@@ -61,20 +60,6 @@ if __name__ == "__main__":
 """
 
 
-def _move(request, response, storage):
-    """What the emulator lacks, so that gcsfs would ask for half a minute, then copy and delete."""
-    bucket, name = request.params["bucket_name"], request.params["object_id"]
-    request.params["dest_bucket_name"] = bucket
-    objects.copy(request, response, storage)
-    storage.delete_file(bucket, name)
-
-
-_MOVE = (
-    r"^/storage/v1/b/(?P<bucket_name>[^/]+)/o/(?P<object_id>.+)/moveTo/o/(?P<dest_object_id>.+)$",
-    {"POST": _move},
-)
-
-
 @pytest.fixture
 def requests(monkeypatch, tmp_path):
     """An empty bucket that this process serves; yields the lines of its log."""
@@ -82,7 +67,6 @@ def requests(monkeypatch, tmp_path):
     monkeypatch.setattr(
         server.RequestHandler, "log_message", lambda self, form, *rest: lines.append(form % rest)
     )
-    monkeypatch.setattr(server, "HANDLERS", (_MOVE, *server.HANDLERS))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
