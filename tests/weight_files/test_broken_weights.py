@@ -165,6 +165,13 @@ def test_broken_zip_files_are_refused(case, tmp_path):
     refused(content, message, tmp_path)
 
 
+def test_an_entry_that_reaches_into_the_directory_is_refused(tmp_path):
+    content = bytearray(directory_field(24, "<L", 60, directory_field(20, "<L", 60)))
+    local = content.rfind(b"PK\x03\x04")
+    struct.pack_into("<2L", content, local + 18, 60, 60)
+    refused(bytes(content), "its entry 'archive/version' reaches beyond the data", tmp_path)
+
+
 def test_two_entries_of_a_name_are_refused(tmp_path):
     content = craft.zip_file({"archive/data.pkl": craft.pickle(MODEL), "archive/data.pkX": b"N."})
     content = content.replace(b"data.pkX", b"data.pkl")
@@ -318,6 +325,19 @@ LEGACY = {
             views=True,
         ),
         "elements 3 to 5 are taken from a storage of 4",
+    ),
+    "a tensor beyond its view": (
+        craft.legacy(
+            craft.dict_of(
+                {
+                    "a": craft.tensor(
+                        craft.storage(tail=craft.tuple_of(b"N", b"K\x01", b"K\x02")), shape=(3,)
+                    )
+                }
+            ),
+            views=True,
+        ),
+        r"a tensor of shape \[3\] reaches beyond its storage",
     ),
     "a view of nothing": (
         craft.legacy(craft.dict_of({"a": craft.tensor(craft.storage(tail=b"K\x01"))}), views=True),

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import struct
+import zlib
 
 import craft
 import numpy as np
@@ -348,6 +350,21 @@ def test_a_zip_bomb_is_refused(tmp_path):
     np.savez_compressed(tmp_path / "file.npz", a=np.zeros(1 << 27, np.uint8))
     content = (tmp_path / "file.npz").read_bytes()
     refused_quickly(content, "would unpack its [0-9]+ bytes to 134217856", tmp_path)
+
+
+def test_a_packed_entry_that_lies_about_its_size_is_not_unpacked(tmp_path):
+    """Half a gigabyte of zeros that claims to be a thousand bytes of code."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    packed = b"".join(packer.compress(bytes(1 << 20)) for _ in range(512)) + packer.flush()
+    value = craft.module("Net", {"a": craft.tensor()})
+    name = "archive/code/__torch__.py"
+    content = bytearray(craft.script_zip(value, more={name: packed}))
+    for mark, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        at = content.rfind(mark, 0, content.rfind(name.encode()))
+        at = content.find(name.encode()) - 30 if mark == b"PK\x03\x04" else at
+        struct.pack_into("<H", content, at + method, 8)
+        struct.pack_into("<L", content, at + method + 14, 1000)
+    refused_quickly(bytes(content), "py' unpacks to more than its 1000 bytes", tmp_path)
 
 
 def test_pickled_objects_in_npz_are_refused_and_not_run(tmp_path):

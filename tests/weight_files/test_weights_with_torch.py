@@ -32,6 +32,7 @@ def assert_same(state, expected) -> None:
     for name, want in expected.items():
         got = state[name]
         assert got.is_contiguous() and not got.requires_grad
+        assert got.stride() == torch.zeros(want.shape).stride()
         assert (tuple(got.shape), numpy_of(got).dtype) == (want.shape, want.dtype)
         assert numpy_of(got).tobytes() == np.array(want, order="C").tobytes()
 
