@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from itself_jax.weight_files import npz_files, safetensors_files, torch_files
+from itself_jax.weight_files import npz_files, safetensors_files, torch_names
 from itself_jax.weight_files import source as source_lib
 
 _ALIGNMENT = 64  # where torch puts the storages in its zip file
-_STORAGE_OF = {name: storage for storage, name in torch_files.STORAGES.items()}
+_STORAGE_OF = {name: storage for storage, name in torch_names.STORAGES.items()}
 _SAFE_NAME_OF = {name: code for code, name in safetensors_files.DTYPES.items()}
 _DATE = (1980, 1, 1, 0, 0, 0)  # the same arrays make the same file
 _WHAT_TORCH_HOLDS = (dict, list, tuple, str, int, float, bool, type(None))
