@@ -6,24 +6,14 @@ checkpoint. `--check` reports without writing. Exit codes: 0 done; 1 failed, wit
 nothing left behind; 2 flag rejected.
 """
 
-import hashlib
-import json
-import math
-import os
-import pathlib
-import re
-import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+import signal
+from collections.abc import Sequence
+from typing import Any
 
-import jax
-import numpy as np
 from absl import app, flags, logging
 
-from itself_jax import checkpoint, dialects, encoders, fitting, weight_files, weights
+from itself_jax import command, converting, dialects
 from itself_jax import config as config_lib
-from itself_jax.models import itself
 
 _CHECK = flags.DEFINE_bool("check", False, "Print the report; write nothing.")
 _FORCE = flags.DEFINE_bool("force", False, "Replace an existing DST.")
@@ -52,32 +42,6 @@ _VISION_HEADS = flags.DEFINE_integer(
 _TEXT_HEADS = flags.DEFINE_integer("text_heads", None, "As --vision_heads.", lower_bound=1)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
-_REJECTED = 2
-_FAILED = 1
-_TORCH = (".pth", ".pt")
-
-# sha256 of the files that OpenAI publishes.
-_KNOWN = {
-    "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f": "OpenAI's ViT-B/16",
-    "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af": "OpenAI's ViT-B/32",
-    "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "OpenAI's ViT-L/14",
-    "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "OpenAI's ViT-L/14@336px",
-}
-
-
-class Source(NamedTuple):
-    """Weights that were checked against the model they make.
-
-    config: settings in which no position has to be resized.
-    absent: parameters of the whole model that they do not have, with reasons.
-    grid: rows and columns of the patches; None: nothing says it, and `config` has them in a row.
-    """
-
-    weights: weights.Weights
-    config: config_lib.Config
-    absent: dict[str, str]
-    grid: tuple[int, int] | None
-
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag ends the program with 2 and one sentence."""
@@ -92,348 +56,44 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         _given()
         return rest
     except flags.Error as error:
-        _stop(_REJECTED, error)
+        command.stop(command.REJECTED, error)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command; every way out but success is an exit code and a sentence."""
     logging.set_verbosity(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        source = examine(argv[1], _say, _given())
+        source = converting.examine(argv[1], command.say, _given())
         if not _CHECK.value:
-            write(
+            converting.write(
                 source,
                 argv[2],
-                _say,
+                command.say,
                 layout=_LAYOUT.value,
                 dtype=_DTYPE.value,
                 force=_FORCE.value,
             )
+    except KeyboardInterrupt:
+        command.stop(command.FAILED, "stopped; nothing was written")
+    except config_lib.ConfigError as error:
+        command.stop(command.REJECTED, error)
     except Exception as error:
         if _DEBUG.value:
             raise
-        _stop(_FAILED, error)
-
-
-def examine(
-    path: str | os.PathLike, log: Callable[[str], None], given: Mapping[str, Any] | None = None
-) -> Source:
-    """Reads weights, accounts for every array and prints the parity report.
-
-    Its last lines are norms of the embeddings of a fixed picture and sentence: who gets the same
-    ones has the same model. `given` are flat config keys that the weights do not say, or say
-    wrongly: "model.activation", "model.image_size", "model.stride".
-
-    Raises:
-      WeightsError, WeightFileError, CheckpointError, ConfigError: they cannot be used.
-    """
-    found = weights.open_(path, log)
-    given = {"local.enabled": found.has_local, **(given or {})}
-    if found.config is None:
-        picture = fitting.native_picture(found, square=True)
-        given = {"model.text_length": found.text_length, **picture, **given}
-    known = "model.image_size" in given or found.config is not None
-    if not known:
-        given["model.image_size"] = fitting.picture_in_a_row(found)
-    base = found.config or config_lib.Config()
-    config = fitting.resolve(base, found, log, training=True, changes=given)
-    absent = fitting.check(found, _shapes(found, config), config.model)
-    source = Source(found, config, absent, config.model.grid if known else None)
-    for line in report(source):
-        log(line)
-    for line in _probe(source) if known else ():
-        log(line)
-    return source
-
-
-def report(source: Source) -> list[str]:
-    """What was found, as lines: file, arrays, parameters, sizes."""
-    found, model = source.weights, source.config.model
-    lines = [f"{found.source}: {found.kind}"]
-    if found.source.is_file():
-        digest = _sha256(found.source)
-        known = _KNOWN.get(digest, "not one of OpenAI's published files")
-        lines.append(f"sha256       {digest} ({known})")
-    reasons = _count(source.absent.values()), _count(found.dropped.values())
-    lines.append(
-        f"arrays       {sum(map(len, found.names.values()))} mapped, "
-        f"{len(source.absent)} absent{reasons[0]}, {len(found.dropped)} dropped{reasons[1]}"
-    )
-    parts = {"encoders": 0, "local branch": 0, "classifiers": 0}
-    for name, array in found.arrays.items():
-        collection, part = name.split("/")[:2]
-        if collection == "params":
-            kind = {"heads": "classifiers", "grab": "local branch"}.get(part.split("_")[1])
-            parts[kind or "encoders"] += math.prod(array.shape)
-    lines.append(
-        f"parameters   {sum(parts.values()):,}: "
-        + ", ".join(f"{kind} {count:,}" for kind, count in parts.items() if count)
-    )
-    grid = f"{model.grid[0]}x{model.grid[1]} patches"
-    if source.grid is None:
-        grid = f"{model.grid[0]} patches in an unknown grid (no probe: say --image_size)"
-    lines.append(
-        f"image        ViT/{model.patch_size}, width {model.vision_width}, depth "
-        f"{model.vision_depth}, heads {model.vision_heads}, {grid}"
-    )
-    lines.append(
-        f"text         width {model.text_width}, depth {model.text_depth}, heads "
-        f"{model.text_heads}, {model.text_length} positions, {model.vocab_size} words"
-    )
-    local = f", local {source.config.local.dim}" if found.has_local else ""
-    lines.append(f"embedding    global {model.embed_dim}{local}")
-    lines.append(f"activation   {model.activation}")
-    if found.num_identities is not None:
-        lines.append(f"identities   {found.num_identities}")
-    return lines
-
-
-def write(
-    source: Source,
-    path: str | os.PathLike,
-    log: Callable[[str], None],
-    *,
-    layout: str = "published",
-    dtype: str | None = None,
-    force: bool = False,
-) -> pathlib.Path:
-    """Writes weights as the ending of `path` says; a reader never sees half of them.
-
-    Raises:
-      WeightsError: the destination is in the way, or a value does not fit into float16.
-      WeightFileError, CheckpointError: it cannot be written; nothing is left behind.
-    """
-    path = pathlib.Path(path).expanduser()
-    if path.exists() and not force:
-        raise weights.WeightsError(
-            f"{path} exists already: give another DST, or --force to replace it."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = source.weights
-    arrays = {name: _Checked(found, name, array) for name, array in found.arrays.items()}
-    description = weights.describe(found, source.config)
-    if path.suffix not in (*_TORCH, ".safetensors", ".npz"):
-        _write_checkpoint(source, path, arrays, description, log)
-        log(f"Written to {path}, as float32: use it with --config.init_from={path}")
-        return path
-    try:
-        named, left_out = dialects.write(arrays, dialects.WRITABLE[layout])
-    except dialects.DialectError as error:
-        raise weights.WeightsError(
-            f"{found.source} cannot be written to {path}: {error}."
-        ) from error
-    if dtype is None:
-        dtype = "published" if path.suffix in _TORCH and layout == "published" else "float32"
-    rounding = _Rounding(path)
-    stored = {
-        name: _Stored(name, array, dtype == "published", rounding) for name, array in named.items()
-    }
-    note = json.dumps(description)
-    if path.suffix in _TORCH and layout == "openai":
-        # OpenAI's program takes the names and nothing else.
-        weight_files.write_torch(path, stored, wrap=None, force=force)
-        for line in _unsaid(source):
-            log(line)
-    elif path.suffix in _TORCH:
-        # What the published program writes beside the model.
-        progress = {key: found.meta.get(key, 0) for key in ("num_epoch", "iteration", "epoch")}
-        weight_files.write_torch(
-            path, stored, extra={**progress, weights.DESCRIPTION: note}, force=force
-        )
-    elif path.suffix == ".npz":
-        weight_files.write_npz(path, stored, metadata={weights.DESCRIPTION: note}, force=force)
-    else:
-        metadata = {weights.DESCRIPTION: note}
-        weight_files.write_safetensors(path, stored, metadata=metadata, force=force)
-    if left_out:
-        log(f"left out     {len(left_out)} arrays{_count(left_out.values())}")
-    if rounding.values:
-        log(
-            f"rounding     {rounding.values:,} values are not exact in float16, by "
-            f"{rounding.largest:.1e} of their size at most; --dtype=float32 keeps them"
-        )
-    names = dialects.WRITABLE[layout].name
-    log(f"Written to {path}: {len(stored)} arrays under the names of {names}")
-    return path
-
-
-def _unsaid(source: Source) -> list[str]:
-    """What a file of names alone lets its reader guess wrongly."""
-    model = source.config.model
-    by_rule = {
-        "activation": "quick_gelu",
-        "vision_heads": model.vision_width // 64,
-        "text_heads": model.text_width // 64,
-    }
-    wrong = [f"{k} {getattr(model, k)}" for k, v in by_rule.items() if getattr(model, k) != v]
-    if not wrong:
-        return []
-    return [f"WARNING: this file cannot say {', '.join(wrong)}, which is not OpenAI's: remember it"]
-
-
-class _Checked:
-    """An array as the model keeps it, read when it is written."""
-
-    def __init__(self, found: weights.Weights, name: str, array: dialects.Array):
-        self._found, self._name, self._array = found, name, array
-        self.shape = tuple(array.shape)
-        self.dtype = np.dtype(np.int32 if name.endswith("batches") else np.float32)
-
-    def read(self) -> np.ndarray:
-        return weights.read(self._found, self._name, self._array)
-
-
-class _Rounding:
-    """What float16 loses of the values that go through."""
-
-    def __init__(self, path: pathlib.Path):
-        self.path, self.values, self.largest = path, 0, 0.0
-
-    def halve(self, name: str, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise weights.WeightsError(
-                f"{self.path}: {name} holds {np.abs(values).max():g}, which float16 cannot; write "
-                "with --dtype=float32."
-            )
-        inexact = half.astype(np.float32) != values
-        if inexact.any():
-            error = np.abs(half.astype(np.float32) - values)[inexact] / np.abs(values[inexact])
-            self.values += int(inexact.sum())
-            self.largest = max(self.largest, float(error.max()))
-        return half
-
-
-class _Stored:
-    """An array in the number type that the file has for its name."""
-
-    def __init__(self, name: str, array: dialects.Array, published: bool, rounding: _Rounding):
-        self._name, self._array, self._rounding = name, array, rounding
-        self.shape, self.dtype = array.shape, np.dtype(array.dtype)
-        if self.dtype.kind == "i":
-            self.dtype = np.dtype(np.int64)  # PyTorch's counts
-        elif published and dialects.HALF.fullmatch(name):
-            self.dtype = np.dtype(np.float16)
-
-    def read(self) -> np.ndarray:
-        values = self._array.read()
-        if self.dtype == np.float16:
-            return self._rounding.halve(self._name, values)
-        return values.astype(self.dtype)
-
-
-def _shapes(found: weights.Weights, config: config_lib.Config) -> dict[str, Any]:
-    """Every parameter and statistic of the whole model, as shapes; local branch included."""
-    whole = config_lib.replace(config, {"local.enabled": True})
-    model = itself.ITSELF(whole.model, whole.local, found.num_identities or 1)
-    images = jax.ShapeDtypeStruct((2, *whole.model.image_size, 3), np.float32)
-    ids = jax.ShapeDtypeStruct((2, whole.model.text_length), np.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), images, ids)
-
-
-def _probe(source: Source) -> list[str]:
-    """Norms of the embeddings of a fixed picture and sentence, in float32."""
-    found, config = source.weights, config_lib.replace(source.config, {"precision": "float32"})
-    ready = encoders.of_weights(found, config, lambda line: None)
-    height, width = config.model.image_size
-    y, x, colour = np.ogrid[:height, :width, :3]
-    picture = ((7 * y + 13 * x + 61 * colour + (y * x) // 16) % 256).astype(np.uint8)
-    # Not through the tokenizer, so that a model of any vocabulary has a probe: SOT, words, EOT.
-    last = config.model.vocab_size - 1
-    words = 1 + np.arange(min(20, config.model.text_length - 2)) * 101 % (last - 2)
-    ids = np.zeros((1, config.model.text_length), np.int32)
-    ids[0, : len(words) + 2] = [last - 1, *words, last]
-    embeddings = {
-        "picture": jax.jit(ready.training.encode_images)(ready.variables, picture[None]),
-        "sentence": jax.jit(ready.training.encode_captions)(ready.variables, ids),
-    }
-    lines = []
-    for name, embedding in embeddings.items():
-        norms = {"global": embedding.global_, "local": embedding.local}
-        shown = (f"{k} {np.linalg.norm(v):.5f}" for k, v in norms.items() if v is not None)
-        lines.append(f"probe        |{name}| " + ", ".join(shown))
-    return lines
-
-
-def _write_checkpoint(
-    source: Source,
-    path: pathlib.Path,
-    arrays: Mapping[str, dialects.Array],
-    description: Mapping[str, Any],
-    log: Callable[[str], None],
-) -> None:
-    """A folder with one Orbax checkpoint of parameters and BatchNorm statistics."""
-    state: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, array in arrays.items():
-        *folders, leaf = name.split("/")
-        node = state
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = jax.device_put(array.read())  # Orbax copies NumPy arrays, but not these
-    meta = {"score": None, weights.DESCRIPTION: dict(description), "kind": source.weights.kind}
-    temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with checkpoint.Checkpoints(temporary / "checkpoints", log=log) as checkpoints:
-            checkpoints.save(source.weights.meta.get("iteration", 0), state, meta)
-        if path.exists():
-            _remove(path)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise weights.WeightsError(
-            f"{path} cannot be written ({error.strerror or error}); free space there, or choose "
-            "another DST."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+        command.stop(command.FAILED, error)
 
 
 def _given() -> dict[str, Any]:
     """The flags that say something about SRC."""
-    size = _IMAGE_SIZE.value
-    if size is not None and re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", size) is None:
-        raise flags.Error(f"--image_size={size} must be HEIGHTxWIDTH in pixels, e.g. 384x128")
     given = {
         "model.activation": _ACTIVATION.value,
-        "model.image_size": tuple(map(int, size.split("x"))) if size else None,
+        "model.image_size": command.picture_size("image_size", _IMAGE_SIZE.value),
         "model.stride": _STRIDE.value,
         "model.vision_heads": _VISION_HEADS.value,
         "model.text_heads": _TEXT_HEADS.value,
     }
     return {key: value for key, value in given.items() if value is not None}
-
-
-def _count(reasons: Any) -> str:
-    """ " (3: because …; 2: …)" of a list of reasons."""
-    reasons = list(reasons)
-    if not reasons:
-        return ""
-    return " (" + "; ".join(f"{reasons.count(r)}: {r}" for r in dict.fromkeys(reasons)) + ")"
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _stop(code: int, reason: object) -> NoReturn:
-    """Prints the one sentence and exits."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    expected = isinstance(reason, (ValueError, RuntimeError, OSError, flags.Error, str))
-    kind = "" if expected else f"{type(reason).__name__}: "
-    print(f"itself_jax: {kind}{text}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ becomes a folder with StableHLO and ONNX files and what is needed to use them wi
 2 flag or setting rejected.
 """
 
-import re
 import signal
-import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import app, flags, logging
 
+from itself_jax import command, exporting
 from itself_jax import config as config_lib
-from itself_jax import exporting
 
 _FORCE = flags.DEFINE_bool("force", False, "Replace an existing export.")
 _FORMATS = flags.DEFINE_list("formats", list(exporting.FORMATS), "What to write.")
@@ -33,9 +31,6 @@ _PRECISION = flags.DEFINE_enum(
     "precision", "float32", list(exporting.TOLERANCES), "Compute type; ONNX has float32 only."
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-
-_REJECTED = 2
-_FAILED = 1
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -57,7 +52,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         _options()
         return rest
     except flags.Error as error:
-        _stop(_REJECTED, error)
+        command.stop(command.REJECTED, error)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -68,46 +63,30 @@ def main(argv: Sequence[str]) -> None:
         exporting.export(
             argv[1],
             argv[2],
-            _say,
+            command.say,
             formats=list(dict.fromkeys(_FORMATS.value)),
             force=_FORCE.value,
             **_options(),
         )
     except KeyboardInterrupt:
-        _stop(_FAILED, "stopped; nothing was written")
+        command.stop(command.FAILED, "stopped; nothing was written")
     except config_lib.ConfigError as error:
-        _stop(_REJECTED, error)
+        command.stop(command.REJECTED, error)
     except Exception as error:
         if _DEBUG.value:
             raise
-        _stop(_FAILED, error)
+        command.stop(command.FAILED, error)
 
 
 def _options() -> dict[str, Any]:
     """The flags that `itself_jax.load` takes."""
-    size = _IMAGE_SIZE.value
-    if size is not None and re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", size) is None:
-        raise flags.Error(f"--image_size={size} must be HEIGHTxWIDTH in pixels, e.g. 384x128")
     return {
-        "image_size": tuple(map(int, size.split("x"))) if size else None,
+        "image_size": command.picture_size("image_size", _IMAGE_SIZE.value),
         "stride": _STRIDE.value,
         "text_length": _TEXT_LENGTH.value,
         "activation": _ACTIVATION.value,
         "precision": _PRECISION.value,
     }
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _stop(code: int, reason: object) -> NoReturn:
-    """Prints the one sentence and exits."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    expected = isinstance(reason, (ValueError, RuntimeError, OSError, flags.Error, str))
-    kind = "" if expected else f"{type(reason).__name__}: "
-    print(f"itself_jax: {kind}{text}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

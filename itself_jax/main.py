@@ -5,15 +5,13 @@ one sentence, 2 flag or config rejected, 75 stopped by a signal after saving.
 """
 
 import re
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from itself_jax import command, interrupt
 from itself_jax import config as config_lib
-from itself_jax import interrupt
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Configuration file, e.g. configs/synthetic.py or configs/cuhk.py:baseline."
@@ -24,8 +22,6 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 _INTERRUPTS = interrupt.Interrupts()
 _EXAMPLES = {"config": "configs/synthetic.py", "workdir": "/tmp/synthetic"}
-_REJECTED = 2
-_FAILED = 1
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -49,9 +45,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 raise flags.Error(f"--{name} is required, e.g. --{name}={_EXAMPLES[name]}")
         return rest
     except (flags.Error, config_lib.ConfigError) as error:
-        _stop(_REJECTED, error)
+        command.stop(command.REJECTED, error)
     except Exception as error:  # a config file is a program: it may fail in any way
-        _stop(_REJECTED, f"--config={_argument(argv, 'config')}: {error}")
+        command.stop(command.REJECTED, f"--config={_argument(argv, 'config')}: {error}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -70,11 +66,11 @@ def main(argv: Sequence[str]) -> None:
         command = train.run if _MODE.value == "train" else train.evaluate_only
         command(config, _WORKDIR.value, _INTERRUPTS)
     except config_lib.ConfigError as error:
-        _stop(_REJECTED, error)
+        command.stop(command.REJECTED, error)
     except Exception as error:
         if _DEBUG.value:
             raise
-        _stop(_FAILED, error)
+        command.stop(command.FAILED, error)
 
 
 def _argument(argv: Sequence[str], name: str) -> str:
@@ -82,19 +78,9 @@ def _argument(argv: Sequence[str], name: str) -> str:
     return values[-1] if values else ""
 
 
-def _stop(code: int, reason: object) -> NoReturn:
-    """Prints the one sentence and exits."""
-    if reason is not None:
-        text = " ".join(str(reason).split()) or type(reason).__name__
-        expected = isinstance(reason, (ValueError, RuntimeError, OSError, flags.Error, str))
-        kind = "" if expected else f"{type(reason).__name__}: "
-        print(f"itself_jax: {kind}{text}", file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
     try:
         _INTERRUPTS.install()
         app.run(main, flags_parser=parse_flags)
     except interrupt.Interrupted:
-        _stop(interrupt.EXIT_CODE, None)
+        command.stop(interrupt.EXIT_CODE, None)

@@ -13,11 +13,11 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from absl import app, flags, logging
 from etils import epath
 
+from itself_jax import command
 from itself_jax.data import datasets, doctor, packed, records, remote
 
 _DATASET = flags.DEFINE_string("dataset", None, f"One of {', '.join(datasets.DATASETS)}.")
@@ -34,9 +34,6 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 _EXAMPLES = {"dataset": "cuhk_pedes", "root": "/data"}
 _REPORT = "doctor.json"
-_REJECTED = 2
-_FAILED = 1
-_INTERRUPTED = 75
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -55,10 +52,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 f"--dataset={_DATASET.value} is not known; use one of "
                 f"{', '.join(datasets.DATASETS)}"
             )
-        _resize()
+        command.picture_size("resize", _RESIZE.value)
         return rest
     except flags.Error as error:
-        _stop(_REJECTED, error)
+        command.stop(command.REJECTED, error)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -74,15 +71,15 @@ def main(argv: Sequence[str]) -> None:
             _ROOT.value,
             out=_OUT.value,
             check_only=_CHECK_ONLY.value,
-            resize=_resize(),
+            resize=command.picture_size("resize", _RESIZE.value),
             text_length=_TEXT_LENGTH.value,
         )
     except KeyboardInterrupt:
-        _stop(_INTERRUPTED, "stopped; the same command goes on")
+        command.stop(command.INTERRUPTED, "stopped; the same command goes on")
     except Exception as error:
         if _DEBUG.value:
             raise
-        _stop(_FAILED, error)
+        command.stop(command.FAILED, error)
 
 
 def prepare(
@@ -107,10 +104,10 @@ def prepare(
     if out is not None:
         out = remote.path(out)
     corpus = _read(dataset, root)
-    report = doctor.examine(corpus, text_length=text_length, log=_say)
-    _say(report.table())
+    report = doctor.examine(corpus, text_length=text_length, log=command.say)
+    command.say(report.table())
     path = _write(report, root, out, check_only)
-    _say(f"Written to {path}.")
+    command.say(f"Written to {path}.")
     if report.verdict == doctor.ERROR:
         failed = [check.name for check in report.checks if check.verdict == doctor.ERROR]
         raise records.DataError(
@@ -122,8 +119,8 @@ def prepare(
         # TFDS takes half a second to import, which an examination need not wait for.
         from itself_jax.data import packing
 
-        packing.pack(corpus, target, resize=resize, log=_say)
-        _say(f"Train from it with --config.data_root={target}")
+        packing.pack(corpus, target, resize=resize, log=command.say)
+        command.say(f"Train from it with --config.data_root={target}")
 
 
 def _read(dataset: str, root: epath.Path) -> records.Corpus:
@@ -133,7 +130,7 @@ def _read(dataset: str, root: epath.Path) -> records.Corpus:
         folder = None if root.is_file() else packed.find(root, dataset, None)
         if folder is None:
             raise
-    _say(f"Verifying the checksums of {folder} ...")
+    command.say(f"Verifying the checksums of {folder} ...")
     packed.verify(folder)
     return packed.read(folder, dataset)
 
@@ -169,31 +166,9 @@ def _write_atomically(folder: epath.Path, text: str) -> epath.Path:
         temporary.unlink(missing_ok=True)
 
 
-def _resize() -> tuple[int, int] | None:
-    if _RESIZE.value is None:
-        return None
-    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", _RESIZE.value)
-    if found is None:
-        raise flags.Error(f"--resize={_RESIZE.value} must be HEIGHTxWIDTH in pixels, e.g. 384x128")
-    return int(found[1]), int(found[2])
-
-
 def _with_underscores(flag: re.Match[str]) -> str:
     dashes = len(flag[0]) - len(flag[0].lstrip("-"))
     return flag[0][:dashes] + flag[0][dashes:].replace("-", "_")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _stop(code: int, reason: object) -> NoReturn:
-    """Prints the one sentence and exits."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    expected = isinstance(reason, (ValueError, RuntimeError, OSError, flags.Error, str))
-    kind = "" if expected else f"{type(reason).__name__}: "
-    print(f"itself_jax: {kind}{text}", file=sys.stderr)
-    sys.exit(code)
 
 
 if __name__ == "__main__":

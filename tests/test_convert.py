@@ -15,7 +15,7 @@ import numpy as np
 import published
 import pytest
 
-from itself_jax import convert, encoders, weight_files, weights
+from itself_jax import converting, encoders, weight_files, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -29,7 +29,7 @@ def quiet(line):
 @pytest.fixture
 def unprobed(monkeypatch):
     """Without the compilation of the probe."""
-    monkeypatch.setattr(convert, "_probe", lambda source: [])
+    monkeypatch.setattr(converting, "_probe", lambda source: [])
 
 
 def command(*arguments):
@@ -78,25 +78,25 @@ def test_the_published_file_has_the_types_and_values_of_the_reference(best):
 
 def test_round_trips_are_bit_identical(best, tmp_path, unprobed):
     """float16 → float32 in every kind of file → float16, and each kind into each other."""
-    source = convert.examine(best[0], quiet)
+    source = converting.examine(best[0], quiet)
     for kind in KINDS:
-        convert.write(source, tmp_path / kind, quiet)
+        converting.write(source, tmp_path / kind, quiet)
     for kind in KINDS:
-        again = convert.examine(tmp_path / kind, quiet)
-        convert.write(again, tmp_path / f"of {kind}.pth", quiet)
+        again = converting.examine(tmp_path / kind, quiet)
+        converting.write(again, tmp_path / f"of {kind}.pth", quiet)
         assert_same(tmp_path / f"of {kind}.pth", best[0])
-        convert.write(again, tmp_path / f"of {kind}.npz", quiet)
+        converting.write(again, tmp_path / f"of {kind}.npz", quiet)
         assert_same(tmp_path / f"of {kind}.npz", tmp_path / "a.npz")
         metadata = weight_files.read(tmp_path / f"of {kind}.pth").metadata
         assert metadata["num_epoch"] == metadata["iteration"] == metadata["epoch"] == 0
 
 
 def test_progress_survives_every_kind(tmp_path, unprobed):
-    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
     for kind in KINDS:
-        convert.write(source, tmp_path / kind, quiet)
-        convert.write(
-            convert.examine(tmp_path / kind, quiet), tmp_path / "b.pth", quiet, force=True
+        converting.write(source, tmp_path / kind, quiet)
+        converting.write(
+            converting.examine(tmp_path / kind, quiet), tmp_path / "b.pth", quiet, force=True
         )
         metadata = weight_files.read(tmp_path / "b.pth").metadata
         progress = {key: metadata[key] for key in ("num_epoch", "iteration", "epoch")}
@@ -111,11 +111,11 @@ def embeddings(model, variables, images, ids):
 
 
 def test_the_golden_features_come_out_of_every_kind(best, tmp_path, unprobed):
-    source = convert.examine(best[0], quiet)
+    source = converting.examine(best[0], quiet)
     golden, batch = golden_model.load("golden_f32_mixed_s16.npz"), golden_model.batch()
     compiled = None
     for kind in KINDS:
-        path = convert.write(source, tmp_path / kind, quiet)
+        path = converting.write(source, tmp_path / kind, quiet)
         found = weights.open_(path, quiet)
         ready = encoders.of_weights(found, source.config, quiet)
         compiled = compiled or jax.jit(functools.partial(embeddings, ready.training.model))
@@ -148,7 +148,7 @@ def test_the_probe_tells_models_apart(best, tmp_path):
 
     def probe(path):
         log = []
-        convert.examine(path, log.append)
+        converting.examine(path, log.append)
         return [line for line in log if line.startswith("probe")]
 
     printed = [line for line in best[1].splitlines() if line.startswith("probe")]
@@ -164,13 +164,13 @@ def test_the_probe_tells_models_apart(best, tmp_path):
 
 def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
     log = []
-    source = convert.examine(GOLDEN / "hugging_face", log.append)
+    source = converting.examine(GOLDEN / "hugging_face", log.append)
     (arrays,) = [line for line in log if line.startswith("arrays")]
     assert "93 mapped, 50 absent (42: the file has no local branch; 8: the file has no" in arrays
     assert "1 dropped (1: the losses have no learnt temperature)" in arrays
     for path, kwargs in (("clip.safetensors", {"layout": "openai"}), ("folder", {})):
-        convert.write(source, tmp_path / path, quiet, **kwargs)
-        again = convert.examine(tmp_path / path, quiet)
+        converting.write(source, tmp_path / path, quiet, **kwargs)
+        again = converting.examine(tmp_path / path, quiet)
         assert again.config.model == source.config.model
         for name, array in source.weights.arrays.items():
             expected = weights.read(source.weights, name, array)
@@ -181,8 +181,8 @@ def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
 
 def test_published_names_need_a_whole_model(tmp_path, unprobed):
     """A CLIP under the published names is what training starts from, not a published model."""
-    source = convert.examine(GOLDEN / "open_clip", quiet)
-    convert.write(source, tmp_path / "a.safetensors", quiet)
+    source = converting.examine(GOLDEN / "open_clip", quiet)
+    converting.write(source, tmp_path / "a.safetensors", quiet)
     found = weights.open_(tmp_path / "a.safetensors", quiet)
     assert found.num_identities is None and not found.has_local
     assert found.sizes["model.activation"] == "gelu" and found.sizes["model.vision_heads"] == 4
@@ -190,31 +190,31 @@ def test_published_names_need_a_whole_model(tmp_path, unprobed):
 
 def test_openai_names_say_what_they_leave_out(tmp_path, unprobed):
     log = []
-    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
-    convert.write(source, tmp_path / "clip.npz", log.append, layout="openai")
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    converting.write(source, tmp_path / "clip.npz", log.append, layout="openai")
     assert "visual.conv1.weight" in contents(tmp_path / "clip.npz")
     assert any(line.startswith("left out") and "no local branch" in line for line in log)
 
 
 def test_a_state_of_openai_names_is_nothing_else_and_says_what_it_cannot(tmp_path, unprobed):
     log = []
-    convert.write(
-        convert.examine(published.write(tmp_path / "best.pth"), quiet),
+    converting.write(
+        converting.examine(published.write(tmp_path / "best.pth"), quiet),
         tmp_path / "clip.pt",
         log.append,
         layout="openai",
     )
     file = weight_files.read(tmp_path / "clip.pt")
     assert file.metadata == {} and not [line for line in log if "WARNING" in line]
-    source = convert.examine(GOLDEN / "open_clip", quiet)
-    convert.write(source, tmp_path / "other.pt", log.append, layout="openai")
+    source = converting.examine(GOLDEN / "open_clip", quiet)
+    converting.write(source, tmp_path / "other.pt", log.append, layout="openai")
     assert "cannot say activation gelu, vision_heads 4, text_heads 4" in log[-2]
 
 
 def test_float16_says_what_it_rounds(tmp_path, unprobed):
     log = []
-    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
-    convert.write(source, tmp_path / "half.pth", log.append)
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    converting.write(source, tmp_path / "half.pth", log.append)
     (line,) = [line for line in log if line.startswith("rounding")]
     rounded = {
         name: values
@@ -224,7 +224,7 @@ def test_float16_says_what_it_rounds(tmp_path, unprobed):
     inexact = sum(int((v.astype(np.float16) != v).sum()) for v in rounded.values())
     assert f" {inexact:,} values" in line and inexact > 1000
     log.clear()
-    convert.write(source, tmp_path / "whole.pth", log.append, dtype="float32")
+    converting.write(source, tmp_path / "whole.pth", log.append, dtype="float32")
     assert not [line for line in log if line.startswith("rounding")]
     assert_same(tmp_path / "whole.pth", tmp_path / "best.pth")
 
@@ -233,26 +233,26 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path, unprobe
     bad = published.state()["base_model.visual.proj"]
     bad[0, 0] = 7e4
     path = published.write(tmp_path / "best.pth", base_model__visual__proj=bad)
-    source = convert.examine(path, quiet)
+    source = converting.examine(path, quiet)
     with pytest.raises(weights.WeightsError, match=r"visual\.proj holds 70000, which float16"):
-        convert.write(source, tmp_path / "half.pth", quiet)
+        converting.write(source, tmp_path / "half.pth", quiet)
     assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
-    convert.write(source, tmp_path / "whole.pth", quiet, dtype="float32")
+    converting.write(source, tmp_path / "whole.pth", quiet, dtype="float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_there_is_replaced_by_force_only(kind, tmp_path, unprobed):
-    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
     target = tmp_path / "out" / kind
     target.mkdir(parents=True) if kind == "folder" else target.parent.mkdir()
     (target / "mine" if kind == "folder" else target).write_text("mine")
     with pytest.raises((weights.WeightsError, weight_files.WeightFileError), match="--force") as no:
-        convert.write(source, target, quiet)
+        converting.write(source, target, quiet)
     assert str(target) in str(no.value)
     assert (target / "mine" if kind == "folder" else target).read_text() == "mine"
-    convert.write(source, target, quiet, force=True)
+    converting.write(source, target, quiet, force=True)
     assert [p.name for p in target.parent.iterdir()] == [kind]
-    assert convert.examine(target, quiet).weights.num_identities == 5
+    assert converting.examine(target, quiet).weights.num_identities == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,30 +261,30 @@ def test_bad_numbers_stop_a_conversion_and_leave_nothing(kind, tmp_path, unprobe
     bad = published.state()["texual_emb_layer.mlp.layers.1.bias"]
     bad[3] = np.nan
     path = published.write(tmp_path / "best.pth", texual_emb_layer__mlp__layers__1__bias=bad)
-    source = convert.examine(path, quiet)
+    source = converting.examine(path, quiet)
     with pytest.raises(weights.WeightsError, match=r"texual_emb_layer\.mlp\.layers\.1\.bias"):
-        convert.write(source, tmp_path / "out" / kind, quiet)
+        converting.write(source, tmp_path / "out" / kind, quiet)
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
 
 
 def test_a_full_disk_leaves_no_folder(tmp_path, unprobed, monkeypatch):
-    source = convert.examine(published.write(tmp_path / "best.pth"), quiet)
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
 
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(weights.WeightsError, match="folder cannot be written .No space left"):
-        convert.write(source, tmp_path / "folder", quiet)
+        converting.write(source, tmp_path / "folder", quiet)
     assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
 
 
 def test_a_known_file_is_recognised_by_its_checksum(tmp_path, unprobed, monkeypatch):
     path = published.write(tmp_path / "best.pth")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setitem(convert._KNOWN, digest, "OpenAI's ViT-X/3")
+    monkeypatch.setitem(converting._KNOWN, digest, "OpenAI's ViT-X/3")
     log = []
-    convert.examine(path, log.append)
+    converting.examine(path, log.append)
     assert any(line.startswith("sha256") and "(OpenAI's ViT-X/3)" in line for line in log)
 
 

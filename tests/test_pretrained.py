@@ -10,7 +10,7 @@ import tiny
 
 from itself_jax import (
     checkpoint,
-    convert,
+    converting,
     evaluate,
     interrupt,
     retrieval,
@@ -30,7 +30,7 @@ def quiet(line):
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
     tiny.compile_once(monkeypatch)
-    monkeypatch.setattr(convert, "_probe", lambda source: [])
+    monkeypatch.setattr(converting, "_probe", lambda source: [])
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_a_run_goes_to_the_published_layout_and_back(data, tmp_path):
     """Its best checkpoint as float32 `.pth`: the same table, settings included."""
     config = tiny.settings(data, local__inference_saliency="mars", local__ratio=0.6)
     path = tiny.run(config, tmp_path / "run")
-    convert.write(convert.examine(path, quiet), tmp_path / "a.pth", quiet, dtype="float32")
+    converting.write(converting.examine(path, quiet), tmp_path / "a.pth", quiet, dtype="float32")
     again = weights.open_(tmp_path / "a.pth", quiet)
     assert again.meta["best_alpha"] == tiny.results(path)["chosen_alpha"]
     assert again.config.local.inference_saliency == "mars"

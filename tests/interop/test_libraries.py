@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import itself_jax
-from itself_jax import convert, weight_files, weights
+from itself_jax import converting, weight_files, weights
 
 torch = pytest.importorskip("torch", reason="needs the extra `interop`")
 pytest.importorskip("transformers", reason="needs the extra `interop`")
@@ -105,10 +105,10 @@ def test_archives_as_openai_makes_them_read_like_the_state(tmp_path):
 
 def test_what_we_write_is_what_torch_reads(tmp_path, monkeypatch):
     """A conversion to OpenAI's names goes back into open_clip's own model."""
-    monkeypatch.setattr(convert, "_probe", lambda source: [])
+    monkeypatch.setattr(converting, "_probe", lambda source: [])
     model = libraries.open_clip(libraries.SMALL, "gelu")
     folder = saved("open_clip", model, tmp_path / "model")
-    convert.write(convert.examine(folder, quiet), tmp_path / "a.pt", quiet, layout="openai")
+    converting.write(converting.examine(folder, quiet), tmp_path / "a.pt", quiet, layout="openai")
     state = torch.load(tmp_path / "a.pt", weights_only=True)
     again = libraries.open_clip(libraries.SMALL, "gelu")
     for value in again.parameters():

@@ -152,10 +152,17 @@ def npy(header: str | None = None, data=b"", array=None) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(content)) + content + data
 
 
-_READ = """
-import json, resource, sys, time
+# Not `ru_maxrss`, which a process inherits from the one that started it.
+PEAK = """
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+"""
+
+_READ = f"""{PEAK}
+import json, sys, time
 from itself_jax import weight_files
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 start = time.perf_counter()
 message = None
 try:
@@ -164,8 +171,7 @@ try:
 except weight_files.WeightFileError as error:
     message = str(error)
 seconds = time.perf_counter() - start
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps([message, seconds, memory * 1024]))
+print(json.dumps([message, seconds, peak() - before]))
 """
 
 

@@ -160,7 +160,9 @@ def main(folder: str, count: int, seed: int) -> None:
         slowest = max(slowest, seconds)
         if seconds > SECONDS:
             bad.append((i, name, way.__name__, f"{seconds} s"))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    measure: dict = {}
+    exec(craft.PEAK, measure)
+    memory = measure["peak"]()
     print(
         json.dumps(
             {

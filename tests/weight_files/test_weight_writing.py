@@ -329,8 +329,8 @@ def test_files_are_made_with_the_users_permissions(tmp_path):
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
-_MEASURE = """
-import resource, sys
+_MEASURE = f"""{craft.PEAK}
+import sys
 import ml_dtypes, numpy as np
 from itself_jax import weight_files
 
@@ -339,18 +339,17 @@ class Lazy:
     def read(self):
         return np.full(self.shape, 0.5, self.dtype)
 
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write = getattr(weight_files, "write_" + sys.argv[1])
-write(sys.argv[3] + "/small", {"a": Lazy()})
+write(sys.argv[3] + "/small", {{"a": Lazy()}})
 weight_files.read(sys.argv[3] + "/small").tensors["a"].read().astype(np.float32)
 before = peak()
-write(sys.argv[3] + "/file", {str(i): Lazy() for i in range(12)})
+write(sys.argv[3] + "/file", {{str(i): Lazy() for i in range(12)}})
 written = peak()
 total = 0.0
 for tensor in weight_files.read(sys.argv[3] + "/file").tensors.values():
     total += float(tensor.read().astype(np.float32)[0, 0])
 assert total == 6.0, total
-print((written - before) * 1024, (peak() - before) * 1024)
+print(written - before, peak() - before)
 """
 
 

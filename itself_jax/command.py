@@ -1,0 +1,38 @@
+"""What all commands have in common: exit codes, plain lines, and the one sentence of an error."""
+
+import re
+import sys
+from typing import NoReturn
+
+from absl import flags
+
+FAILED, REJECTED, INTERRUPTED = 1, 2, 75  # 0: done
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also into a pipe."""
+    print(line, flush=True)
+
+
+def stop(code: int, reason: object) -> NoReturn:
+    """Prints the one sentence and exits; None prints nothing."""
+    if reason is not None:
+        text = " ".join(str(reason).split()) or type(reason).__name__
+        expected = isinstance(reason, (ValueError, RuntimeError, OSError, flags.Error, str))
+        kind = "" if expected else f"{type(reason).__name__}: "
+        print(f"itself_jax: {kind}{text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def picture_size(flag: str, value: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH of a flag; None where it is not given.
+
+    Raises:
+      flags.Error: it has another form.
+    """
+    if value is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", value)
+    if found is None:
+        raise flags.Error(f"--{flag}={value} must be HEIGHTxWIDTH in pixels, e.g. 384x128")
+    return int(found[1]), int(found[2])
