@@ -63,6 +63,14 @@ def encode(model, name, argument):
     return jax.jit(method)(model.variables, argument)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Forty programs that run once each."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def one_batch(monkeypatch):
     """Compares with one batch size: each takes a compilation."""
@@ -297,7 +305,7 @@ def test_indexing_and_shaping_in_every_form(tmp_path):
         x = np.random.default_rng(n).random((n, 5, 3), np.float32)
         names = [output.name for output in session.get_outputs()]
         found = dict(zip(names, session.run(None, {"x": x}), strict=True))
-        for name, value in forms(jnp.asarray(x)).items():
+        for name, value in jax.jit(forms)(x).items():
             assert found[name].dtype == value.dtype, name
             np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
 
