@@ -63,8 +63,8 @@ def main(argv: Sequence[str]) -> None:
         from itself_jax import train
 
         _INTERRUPTS.imported()
-        command = train.run if _MODE.value == "train" else train.evaluate_only
-        command(config, _WORKDIR.value, _INTERRUPTS)
+        run = train.run if _MODE.value == "train" else train.evaluate_only
+        run(config, _WORKDIR.value, _INTERRUPTS)
     except config_lib.ConfigError as error:
         command.stop(command.REJECTED, error)
     except Exception as error:

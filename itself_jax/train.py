@@ -103,6 +103,8 @@ def run(
             steps_per_epoch=stream.steps_per_epoch,
         )
         template = step.state_template(training, mesh)
+        if pretrained is not None:  # a compiler's minute is too long to wait for a misfit
+            fitting.check(pretrained, variables_of(template), config.model)
         ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
         last_step = int(ends[(config.last_epoch or config.num_epochs) - 1])
         log(describe(config, train_split, last_step, template, mesh))

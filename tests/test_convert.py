@@ -76,6 +76,7 @@ def test_the_published_file_has_the_types_and_values_of_the_reference(best):
             np.testing.assert_array_equal(given[name], expected[name])
 
 
+@pytest.mark.slow
 def test_round_trips_are_bit_identical(best, tmp_path, unprobed):
     """float16 → float32 in every kind of file → float16, and each kind into each other."""
     source = converting.examine(best[0], quiet)
@@ -85,10 +86,8 @@ def test_round_trips_are_bit_identical(best, tmp_path, unprobed):
         again = converting.examine(tmp_path / kind, quiet)
         converting.write(again, tmp_path / f"of {kind}.pth", quiet)
         assert_same(tmp_path / f"of {kind}.pth", best[0])
-        converting.write(again, tmp_path / f"of {kind}.npz", quiet)
-        assert_same(tmp_path / f"of {kind}.npz", tmp_path / "a.npz")
-        metadata = weight_files.read(tmp_path / f"of {kind}.pth").metadata
-        assert metadata["num_epoch"] == metadata["iteration"] == metadata["epoch"] == 0
+    converting.write(again, tmp_path / "b.npz", quiet)  # from Orbax
+    assert_same(tmp_path / "b.npz", tmp_path / "a.npz")
 
 
 def test_progress_survives_every_kind(tmp_path, unprobed):
@@ -143,23 +142,24 @@ def test_the_report_of_a_published_file(best):
     assert "best.pth: 351 arrays under the names of ITSELF" in best[1]
 
 
-def test_the_probe_tells_models_apart(best, tmp_path):
+def test_the_probe_tells_models_apart(tmp_path):
     """The same numbers from another file of the same weights, others from other weights."""
 
     def probe(path):
         log = []
-        converting.examine(path, log.append)
+        converting.examine(path, log.append, {"model.image_size": (32, 16)})
         return [line for line in log if line.startswith("probe")]
 
-    printed = [line for line in best[1].splitlines() if line.startswith("probe")]
-    assert len(printed) == 2 and all("global" in line and "local" in line for line in printed)
-    assert probe(best[0]) == printed
-    arrays = contents(best[0])
-    arrays["base_model.visual.ln_pre.bias"] = arrays["base_model.visual.ln_pre.bias"] + 0.01
+    image, text = probe(published.write(tmp_path / "best.pth"))
+    assert all("global" in line and "local" in line for line in (image, text))
+    arrays = contents(tmp_path / "best.pth")
+    weight_files.write_npz(tmp_path / "same.npz", arrays)
+    assert probe(tmp_path / "same.npz") == [image, text]
+    arrays["base_model.visual.proj"] = arrays["base_model.visual.proj"] * 1.01
     arrays["texual_emb_layer.linear.bias"] = arrays["texual_emb_layer.linear.bias"] * 1.01
     weight_files.write_torch(tmp_path / "other.pth", arrays)
-    image, text = probe(tmp_path / "other.pth")
-    assert image != printed[0] and text != printed[1]
+    other_image, other_text = probe(tmp_path / "other.pth")
+    assert image != other_image and text != other_text
 
 
 def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
@@ -216,10 +216,11 @@ def test_float16_says_what_it_rounds(tmp_path, unprobed):
     source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
     converting.write(source, tmp_path / "half.pth", log.append)
     (line,) = [line for line in log if line.startswith("rounding")]
+    written = contents(tmp_path / "half.pth")
     rounded = {
         name: values
         for name, values in published.state().items()
-        if contents(tmp_path / "half.pth")[name].dtype == np.float16
+        if written[name].dtype == np.float16
     }
     inexact = sum(int((v.astype(np.float16) != v).sum()) for v in rounded.values())
     assert f" {inexact:,} values" in line and inexact > 1000

@@ -17,7 +17,6 @@ from itself_jax import (
     train,
     weights,
 )
-from itself_jax import config as config_lib
 
 # The pictures of tests/tiny.py: 32x16, patches of 8. All other sizes are the weights' own.
 SIZES = published.TINY._replace(vocab=49408)
@@ -56,10 +55,8 @@ def state(path, step):
 
 
 def test_training_starts_from_a_published_file(data, best, tmp_path, capsys):
-    """The first step moves every weight by at most its rate from what the file holds."""
-    config = settings(data, best, num_epochs=2, last_epoch=1, optim__learning_rate=1e-9)
-    config = config_lib.replace(config, {"optim.local_learning_rate": 1e-9})
-    path = tiny.run(config, tmp_path / "run")
+    """After an epoch every weight is still near what the file holds."""
+    path = tiny.run(settings(data, best, last_epoch=1), tmp_path / "run")
     out = capsys.readouterr().out
     assert "knows 5 identities, this run has others: the classifiers start anew." in out
     saved = json.loads((path / "config.json").read_text())["config"]
@@ -70,7 +67,8 @@ def test_training_starts_from_a_published_file(data, best, tmp_path, capsys):
     for name, array in after.items():
         if "_classifier/" in name or name.startswith("batch_stats/"):
             continue
-        np.testing.assert_allclose(array, found.arrays[name].read(), atol=1e-6, err_msg=name)
+        # Five steps at rates of 1e-3, twice that for biases; the file's values spread by 0.1.
+        np.testing.assert_allclose(array, found.arrays[name].read(), atol=0.02, err_msg=name)
     norm = "batch_stats/image_grab/norm"
     assert after[f"{norm}/batches"] == 7 + tiny.EPOCH_ENDS[0]
     assert np.abs(after[f"{norm}/mean"] - found.arrays[f"{norm}/mean"].read()).max() > 1e-3
@@ -78,6 +76,7 @@ def test_training_starts_from_a_published_file(data, best, tmp_path, capsys):
     np.testing.assert_array_equal(after[unused], found.arrays[unused].read())
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_file_it_started_from(data, best, tmp_path):
     lent = tmp_path / "lent.pth"
     lent.write_bytes(best.read_bytes())
@@ -99,17 +98,16 @@ def test_a_changed_source_is_another_run(data, best, tmp_path):
         tiny.run(settings(data, other), path)
 
 
+@pytest.mark.slow
 def test_the_baseline_starts_from_a_whole_model(data, best, tmp_path, capsys):
-    path = tiny.run(
-        settings(data, best, local__enabled=False, num_epochs=2, last_epoch=1), tmp_path / "run"
-    )
+    path = tiny.run(settings(data, best, local__enabled=False, last_epoch=1), tmp_path / "run")
     assert "its local branch is left out" in capsys.readouterr().out
     assert not any("grab" in name for name in state(path, tiny.EPOCH_ENDS[0]))
 
 
 def test_training_adds_a_local_branch_to_a_clip(data, tmp_path, capsys):
     source = published.write(tmp_path / "global.pth", SIZES, local=False)
-    config = settings(data, source, num_epochs=2, last_epoch=1)
+    config = settings(data, source, local__dim=SIZES.local, last_epoch=1)
     path = tiny.run(config, tmp_path / "run")
     assert "start from random numbers: the file has no local branch." in capsys.readouterr().out
     assert any("grab" in name for name in state(path, tiny.EPOCH_ENDS[0]))
@@ -170,6 +168,7 @@ def test_evaluation_and_the_library_embed_alike(data, best, tmp_path):
             np.testing.assert_allclose(array, dumped[f"{side}_{part}"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_the_published_layout_and_back(data, tmp_path):
     """Its best checkpoint as float32 `.pth`: the same table, settings included."""
     config = tiny.settings(data, local__inference_saliency="mars", local__ratio=0.6)
