@@ -3,7 +3,7 @@
 An export is one folder:
 
     image.onnx, text.onnx             weights inside (beside it, in .data, from 2 GB on)
-    image.stablehlo, text.stablehlo   from `jax.export`, for CPU, CUDA and TPU
+    image.stablehlo, text.stablehlo   from `jax.export`, for CPU, CUDA and TPU; any newer jax
     image.npz, text.npz               the weights that these take as their first argument
     preprocessing.json                everything about pictures, text and similarity
     tokenizer.json                    CLIP's, for the `tokenizers` library
@@ -180,6 +180,14 @@ def describe(
     formula = "cos(global of image, global of text)"
     if with_local:
         formula = f"alpha * {formula} + (1 - alpha) * cos(local of image, local of text)"
+    versions = _versions()
+    stablehlo = {}
+    if "image.stablehlo" in parity:
+        stablehlo["stablehlo"] = {
+            "call": "jax.export.deserialize(content of image.stablehlo).call("
+            "dict(numpy.load('image.npz')), pixels); text with ids alike",
+            "jax": f"{versions['jax']} or newer",
+        }
     return {
         "image": {
             "input": "pixels: uint8 (batch, height, width, 3), RGB",
@@ -220,9 +228,10 @@ def describe(
             "bank_ratio": local.ratio if with_local else None,
             "compute_type": step.compute_dtype(ready.config.precision).name,
         },
+        **stablehlo,
         "source": {"path": str(found.source), "kind": found.kind},
         "difference_from_source": parity,
-        "versions": _versions(),
+        "versions": versions,
     }
 
 

@@ -95,8 +95,7 @@ def fit(
     """
     wanted, given = weights.flat(template), _with_positions(found, model, log)
     started = _account(found, wanted, given, may_start=fresh is not None)
-    left_out = [name for name in given if name.startswith(weights.LOCAL) and name not in wanted]
-    if left_out:
+    if found.has_local and not any(name.startswith(weights.LOCAL) for name in wanted):
         log(f"{found.source}: its local branch is left out, config.local.enabled is off.")
     _say_started(found, started, log)
     fresh_leaves = weights.flat(fresh) if started else {}

@@ -157,6 +157,7 @@ def test_settings_say_how_to_prepare_and_compare(exported):
     assert (found["text"]["length"], found["text"]["end"]) == (16, 49407)
     assert found["embedding"] == {"global": 32, "local": 32, "normalised": False}
     assert found["similarity"]["alpha"] == 0.25
+    assert found["stablehlo"]["jax"] == f"{jax.__version__} or newer"
     assert found["versions"]["itself_jax"] == itself_jax.__version__
 
 

@@ -131,9 +131,10 @@ def test_classifiers_of_other_identities_are_an_error_without_fresh_ones(found):
 
 def test_encoders_need_no_classifiers(found):
     config = resolved(found)
-    shapes = fitting.encoders_only(template(config, 1))
-    fitted = weights.flat(fitting.fit(found, shapes, config.model, quiet))
+    shapes, log = fitting.encoders_only(template(config, 1)), []
+    fitted = weights.flat(fitting.fit(found, shapes, config.model, log.append))
     assert fitted and not any("heads" in name for name in fitted)
+    assert any("grab" in name for name in fitted) and log == []
 
 
 def test_a_branch_that_is_off_is_left_out_and_said_so(found):
