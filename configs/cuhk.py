@@ -1,8 +1,10 @@
-"""CUHK-PEDES with the published settings (ViT-B/16 from CLIP, 60 epochs, 256 pairs a batch).
+r"""CUHK-PEDES with the published settings (ViT-B/16 from CLIP, 60 epochs, 256 pairs a batch).
 
-    python -m itself_jax.main --config=configs/cuhk.py --config.data_root=DIR --workdir=RUN
+    python -m itself_jax.main --config=configs/cuhk.py --config.data_root=DIR \
+        --config.init_from=ViT-B-16.pt --workdir=RUN
 
-DIR holds the benchmark's own folder, CUHK-PEDES/. Published R@1 / R@5 / R@10 / mAP on test:
+DIR holds the benchmark's own folder, CUHK-PEDES/. ViT-B-16.pt is OpenAI's CLIP; the README
+lists what else will do. Published R@1 / R@5 / R@10 / mAP on test:
 
     baseline  74.66 / 89.70 / 93.57 / 67.63
     sl        76.49 / 90.20 / 94.35 / 58.97 (mAP as printed)

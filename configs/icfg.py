@@ -1,8 +1,10 @@
-"""ICFG-PEDES with the published settings (ViT-B/16 from CLIP, 60 epochs, 256 pairs a batch).
+r"""ICFG-PEDES with the published settings (ViT-B/16 from CLIP, 60 epochs, 256 pairs a batch).
 
-    python -m itself_jax.main --config=configs/icfg.py --config.data_root=DIR --workdir=RUN
+    python -m itself_jax.main --config=configs/icfg.py --config.data_root=DIR \
+        --config.init_from=ViT-B-16.pt --workdir=RUN
 
-DIR holds the benchmark's own folder, ICFG-PEDES/. Published R@1 / R@5 / R@10 / mAP on test:
+DIR holds the benchmark's own folder, ICFG-PEDES/. ViT-B-16.pt is OpenAI's CLIP; the README
+lists what else will do. Published R@1 / R@5 / R@10 / mAP on test:
 
     baseline  66.06 / 81.12 / 86.10 / 41.02
     sl        67.93 / 82.36 / 87.12 / 42.38

@@ -1,8 +1,10 @@
-"""RSTPReid with the published settings (ViT-B/16 from CLIP, 60 epochs, 256 pairs a batch).
+r"""RSTPReid with the published settings (ViT-B/16 from CLIP, 60 epochs, 256 pairs a batch).
 
-    python -m itself_jax.main --config=configs/rstp.py --config.data_root=DIR --workdir=RUN
+    python -m itself_jax.main --config=configs/rstp.py --config.data_root=DIR \
+        --config.init_from=ViT-B-16.pt --workdir=RUN
 
-DIR holds the benchmark's own folder, RSTPReid/. Published R@1 / R@5 / R@10 / mAP on test:
+DIR holds the benchmark's own folder, RSTPReid/. ViT-B-16.pt is OpenAI's CLIP; the README
+lists what else will do. Published R@1 / R@5 / R@10 / mAP on test:
 
     baseline  61.30 / 80.85 / 87.65 / 49.12
     sl        65.00 / 85.45 / 90.15 / 52.26

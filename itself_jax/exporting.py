@@ -149,6 +149,7 @@ def write(
             if differences["global"] <= limit < differences.get("local", 0.0):
                 # Rounding decides which of two equally salient tokens is kept. That happens to one
                 # picture in thousands: not to others at the same time.
+                log(f"{files[0].name}: on the first probe another token was kept; a second one:")
                 differences = _compare(tower, run, seed=1)
             parity[files[0].name] = differences
             sizes = ", ".join(f"{file.name} {file.stat().st_size / 1e6:.1f} MB" for file in files)
