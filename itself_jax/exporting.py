@@ -3,7 +3,7 @@
 An export is one folder:
 
     image.onnx, text.onnx             weights inside (beside it, in .data, from 2 GB on)
-    image.stablehlo, text.stablehlo   from `jax.export`, for CPU, CUDA and TPU; any newer jax
+    image.stablehlo, text.stablehlo   from `jax.export`, for CPU, CUDA and TPU (this jax or newer)
     image.npz, text.npz               the weights that these take as their first argument
     preprocessing.json                everything about pictures, text and similarity
     tokenizer.json                    CLIP's, for the `tokenizers` library
