@@ -108,7 +108,7 @@ def run(
         ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
         last_step = int(ends[(config.last_epoch or config.num_epochs) - 1])
         log(describe(config, train_split, last_step, template, mesh))
-        encoders = step.compile_encoders(training, variables_of(template), mesh)
+        encoders = step.compile_encoders(training, encoder_variables(template), mesh)
         train_step = step.compile_step(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
 
@@ -135,7 +135,7 @@ def run(
                 while True:
                     if not progress.validated:
                         rows = encode_and_rank(
-                            this, variables_of(state), validation_split, config.eval.alpha
+                            this, encoder_variables(state), validation_split, config.eval.alpha
                         )
                         progress = judge(this, progress, rows, meter.step)
                         save()
@@ -172,7 +172,7 @@ def run(
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
-        variables = fitting.fit(best, variables_of(template), config.model, log)
+        variables = fitting.fit(best, encoder_variables(template), config.model, log)
         test(this, variables, alpha, test_splits, best.protocol)
     directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
@@ -211,7 +211,7 @@ def evaluate_only(
     with interrupts.compilation():
         # Classifiers are not needed, so no data set's identities are.
         training = step.make(config, num_identities=1, steps_per_epoch=(1,) * config.num_epochs)
-        template = fitting.encoders_only(variables_of(step.state_template(training, mesh)))
+        template = encoder_variables(step.state_template(training, mesh))
         variables = fitting.fit(best, template, config.model, log)
         encoders = step.compile_encoders(training, template, mesh)
     this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
@@ -316,8 +316,13 @@ def how_chosen(config: config_lib.Config) -> str:
 
 
 def variables_of(state: step.TrainState) -> dict[str, Any]:
-    """What the encoders read."""
+    """What weights of another run replace."""
     return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def encoder_variables(state: step.TrainState) -> dict[str, Any]:
+    """What the encoders read: everything but the classifiers."""
+    return fitting.encoders_only(variables_of(state))
 
 
 def restore_or_init(

@@ -204,7 +204,11 @@ def compile_once(monkeypatch) -> None:
 
     def cached(compile_it, kind):
         def compiled(training, template, mesh):
-            key = (kind, id(training), mesh, jax.tree.structure(template))
+            key = (kind, id(training), mesh)
+            if kind == "encoders":  # whatever else a run does
+                config = training.config
+                key = (kind, config.model, config.local, config.eval.batch_size, mesh)
+                key += (jax.tree.structure(template),)
             if key not in _MADE:
                 _MADE[key] = compile_it(training, template, mesh)
             return _MADE[key]
