@@ -150,7 +150,10 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
     if config is not None:
         described = {**config_lib.flatten(config_lib.to_dict(config)), **described}
     sizes = _sizes(source, dialects.OURS, arrays, described)
-    sizes["model.activation"] = sizes["model.activation"] or "quick_gelu"
+    notes = ()
+    if sizes["model.activation"] is None:
+        sizes["model.activation"] = "quick_gelu"
+        notes = ("WARNING: no config.json says its activation; quick_gelu is taken",)
     return Weights(
         source=source,
         kind="checkpoint of itself_jax",
@@ -167,6 +170,7 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
             **found.meta,
             **_progress(described),
         },
+        notes=notes,
     )
 
 
@@ -327,7 +331,9 @@ def _sizes(
     }
     for tower in ("vision", "text"):
         width = sizes[f"model.{tower}_width"]
-        by_rule = None if width % _HEAD_WIDTH else width // _HEAD_WIDTH
+        by_rule = width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None
+        if dialect is dialects.OURS:  # of any width
+            by_rule = None
         sizes[f"model.{tower}_heads"] = stated.get(f"model.{tower}_heads") or by_rule
     if any(name.startswith(LOCAL) for name in arrays):
         sizes["local.dim"] = shape("params/image_grab/skip/kernel", 2)[1]

@@ -131,6 +131,14 @@ def test_a_work_directory_gives_its_best_checkpoint_and_its_settings(tmp_path):
         assert found.num_identities == 5
 
 
+def test_without_its_configuration_a_checkpoint_leaves_heads_and_activation_open(tmp_path):
+    """Two heads of 32 have the shapes of one head of 64."""
+    save(tmp_path / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=1.0)
+    found = opened(tmp_path)
+    assert found.sizes["model.vision_heads"] is None and found.sizes["model.text_heads"] is None
+    assert len(found.notes) == 1 and "WARNING: no config.json says its activation" in found.notes[0]
+
+
 def test_the_first_checkpoints_do_not_say_their_protocol(tmp_path):
     save(tmp_path / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=1.0)
     assert opened(tmp_path).protocol == "val"
