@@ -53,9 +53,9 @@ def resolve(
                 sizes[key] = sizes[key] or getattr(config.model, f"{tower}_heads")
             if sizes[key] is None:
                 raise config_lib.ConfigError(
-                    f"config.{key} is not known: {found.source} does not say it, and its width "
-                    f"{width} is no multiple of 64; set config.{key} and config.model."
-                    f"{tower}_width={width} as it was trained with."
+                    f"config.{key} is not known: {found.source} does not say how many heads its "
+                    f"width {width} is made of; set config.{key}, and config.model.{tower}_width="
+                    f"{width}, as it was trained with."
                 )
             log(f"{found.source} does not say how many heads it has: {key}={sizes[key]}.")
     chosen = changes.get("model.activation", config.model.activation)
