@@ -1,6 +1,9 @@
 """What all commands have in common: exit codes, plain lines, and the one sentence of an error."""
 
+import os
+import pathlib
 import re
+import shutil
 import sys
 from typing import NoReturn
 
@@ -36,3 +39,20 @@ def picture_size(flag: str, value: str | None) -> tuple[int, int] | None:
     if found is None:
         raise flags.Error(f"--{flag}={value} must be HEIGHTxWIDTH in pixels, e.g. 384x128")
     return int(found[1]), int(found[2])
+
+
+def move(temporary: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a new folder (or file) in place; the old one is whole until the new one is."""
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink(missing_ok=True)

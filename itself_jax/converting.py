@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itself_jax import checkpoint, dialects, encoders, fitting, weight_files, weights
+from itself_jax import checkpoint, command, dialects, encoders, fitting, weight_files, weights
 from itself_jax import config as config_lib
 from itself_jax.models import itself
 
@@ -63,6 +63,14 @@ def examine(
         given["model.image_size"] = fitting.picture_in_a_row(found)
     base = found.config or config_lib.Config()
     config = fitting.resolve(base, found, log, training=True, changes=given)
+    rows, columns = config.model.grid
+    positions = found.arrays[weights.IMAGE_POSITIONS].shape[0] - 1
+    if rows * columns != positions:
+        raise weights.WeightsError(
+            f"{found.source} has positions for {positions} patches, but a picture of "
+            f"{config.model.image_size[0]}x{config.model.image_size[1]} has {rows}x{columns} of "
+            f"them: give another --image_size or --stride."
+        )
     absent = fitting.check(found, _shapes(found, config), config.model)
     source = Source(found, config, absent, config.model.grid if known else None)
     for line in report(source):
@@ -133,6 +141,11 @@ def write(
     if path.exists() and not force:
         raise weights.WeightsError(
             f"{path} exists already: give another DST, or --force to replace it."
+        )
+    if path.is_dir() and not _is_conversion(path):
+        raise weights.WeightsError(
+            f"{path} is a folder that no conversion wrote, so that --force does not replace it: "
+            "remove it yourself, or give another DST."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     found = source.weights
@@ -302,9 +315,7 @@ def _write_checkpoint(
     try:
         with checkpoint.Checkpoints(temporary / "checkpoints", log=log) as checkpoints:
             checkpoints.save(source.weights.meta.get("iteration", 0), state, meta)
-        if path.exists():
-            _remove(path)
-        os.replace(temporary, path)
+        command.move(temporary, path)
     except OSError as error:
         raise weights.WeightsError(
             f"{path} cannot be written ({error.strerror or error}); free space there, or choose "
@@ -314,11 +325,9 @@ def _write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _is_conversion(folder: pathlib.Path) -> bool:
+    """Whether it holds checkpoints and nothing else: a run has more."""
+    return [entry.name for entry in folder.iterdir()] in ([], ["checkpoints"])
 
 
 def _count(reasons: Any) -> str:

@@ -259,7 +259,11 @@ _RDE = Dialect(
     (
         *_clip("base_model."),
         Drop(r"(visul|texual)_emb_layer\..*", "RDE's local embedding is pooled in another way"),
-        Drop(r"classifier\w*\..*", "RDE's classifiers have no class for mismatched pairs"),
+        # Not those of ITSELF: a file that lacks half of its heads is no file of RDE.
+        Drop(
+            r"classifier(?!_id_|_grab|_global)\w*\..*",
+            "RDE's classifiers have no class for mismatched pairs",
+        ),
         _TEMPERATURE,
         _BUFFERS,
     ),
@@ -286,6 +290,7 @@ _IRRA = Dialect(
 OURS = Dialect("itself_jax", (), (), (_NO_LOCAL, _NO_HEADS))
 
 # The first whose signature is there: a published ITSELF file also has what IRRA's and RDE's have.
+PRETRAINED = (_HUGGING_FACE, _CUSTOM_TEXT, OPENAI)  # on square pictures
 DIALECTS = (ITSELF, _RDE, _IRRA, _HUGGING_FACE, _CUSTOM_TEXT, OPENAI)
 WRITABLE = {"published": ITSELF, "openai": OPENAI}
 

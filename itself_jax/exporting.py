@@ -27,7 +27,7 @@ import jax
 import jax.export
 import numpy as np
 
-from itself_jax import encoders, step, weights
+from itself_jax import command, encoders, step, weights
 from itself_jax.data import tokenizer
 
 FORMATS = ("stablehlo", "onnx")
@@ -115,7 +115,7 @@ def export(
         _write_json(temporary / SETTINGS, settings)
         if "onnx" in formats:
             shutil.copyfile(_EXAMPLE, temporary / "example.py")
-        _move(temporary, path)
+        command.move(temporary, path)
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written ({error.strerror or error}); free space there, or choose "
@@ -489,20 +489,6 @@ def _check_place(path: pathlib.Path, force: bool) -> None:
             f"{path} is not an export (it has no {SETTINGS}), so that --force does not replace it: "
             "remove it yourself, or give another DST."
         )
-
-
-def _move(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Puts the new folder in place; the old one is whole until the new one is."""
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    if path.exists():
-        os.replace(path, old)
-    try:
-        os.replace(temporary, path)
-    except OSError:
-        if old.exists():
-            os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

@@ -39,6 +39,9 @@ def resolve(
     """
     for note in found.notes:
         log(f"{found.source}: {note}")
+    for reason in dict.fromkeys(found.dropped.values()):
+        names = [name for name, why in found.dropped.items() if why == reason]
+        log(f"{found.source}: {len(names)} arrays are dropped: {reason}.")
     sizes = dict(found.sizes)
     if not found.has_local:
         del sizes["local.dim"]
@@ -47,6 +50,9 @@ def resolve(
             sizes["local.enabled"] = False
     for tower in ("vision", "text"):
         key, width = f"model.{tower}_heads", sizes[f"model.{tower}_width"]
+        if sizes[key] is not None and changes.get(key, sizes[key]) != sizes[key]:
+            log(f"{key}={changes[key]} overrides {sizes[key]} of {found.source}.")
+            sizes[key] = changes[key]
         if sizes[key] is None:  # neither the file nor CLIP's rule says it
             sizes[key] = changes.get(key)
             if width == getattr(config.model, f"{tower}_width"):
@@ -58,6 +64,7 @@ def resolve(
                     f"{width}, as it was trained with."
                 )
             log(f"{found.source} does not say how many heads it has: {key}={sizes[key]}.")
+    say_replaced(config, {**changes, **sizes}, found.source, log)
     chosen = changes.get("model.activation", config.model.activation)
     stated = sizes["model.activation"]
     if chosen is not None:
@@ -65,6 +72,20 @@ def resolve(
             log(f"config.model.activation={chosen!r} overrides {stated!r} of {found.source}.")
         sizes["model.activation"] = chosen
     return config_lib.replace(config, {**changes, **sizes})
+
+
+def say_replaced(
+    config: config_lib.Config, values: Mapping[str, Any], source: Any, log: Log
+) -> None:
+    """One line on the sizes of a configuration that weights replace by their own."""
+    before = config_lib.flatten(config_lib.to_dict(config))
+    replaced = [
+        f"{key}={values[key]} (was {before[key]})"
+        for key in weights.SIZES
+        if values.get(key) is not None and before[key] not in (None, values[key])
+    ]
+    if replaced:
+        log(f"Sizes of {source}: {', '.join(replaced)}.")
 
 
 def fit(
@@ -98,6 +119,12 @@ def fit(
     if found.has_local and not any(name.startswith(weights.LOCAL) for name in wanted):
         log(f"{found.source}: its local branch is left out, config.local.enabled is off.")
     _say_started(found, started, log)
+    kept = fresh is not None and found.num_identities is not None and None not in started.values()
+    if kept:
+        log(
+            f"{found.source}: its classifiers are kept, of {found.num_identities} identities as "
+            "here."
+        )
     fresh_leaves = weights.flat(fresh) if started else {}
     result = {}
     for name, leaf in wanted.items():
@@ -253,6 +280,9 @@ def _fit_image_positions(
     source = found.config.model.grid if found.config else None
     if source is not None and source[0] * source[1] != patches:
         source = None
+    side = math.isqrt(patches)
+    if source is None and found.dialect in dialects.PRETRAINED and side * side == patches:
+        source = side, side  # of pre-training, whatever has as many patches here
     if source == grid or (source is None and patches == grid[0] * grid[1]):
         return array
     source = source or _guess_grid(found, patches, model)

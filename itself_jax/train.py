@@ -194,7 +194,7 @@ def evaluate_only(
     """
     log = meter_lib.print_line
     directory = workdir.Workdir(path)
-    if config.init_from is None:
+    if config.init_from is None or started_from(directory, config.init_from):
         best = weights.of_run(directory.path, log)
     else:
         best = weights.open_(config.init_from, log)
@@ -223,6 +223,12 @@ def evaluate_only(
         test(this, variables, alpha, test_splits, best.protocol or config.eval.protocol)
 
 
+def started_from(directory: workdir.Workdir, source: str) -> bool:
+    """Whether the directory holds a run from these weights, whose own are then meant."""
+    saved = directory.saved_config()
+    return saved is not None and saved["config"].get("init_from") == source
+
+
 def start_from(
     config: config_lib.Config, directory: workdir.Workdir, log: Log
 ) -> tuple[config_lib.Config, weights.Weights | None]:
@@ -237,6 +243,9 @@ def start_from(
     if saved is not None and saved["config"].get("init_from") == config.init_from:
         before = config_lib.flatten(saved["config"])
         sizes = {key: before[key] for key in weights.SIZES if key in before}
+        if config.model.activation is not None:
+            del sizes["model.activation"]  # a chosen one is compared like every other setting
+        fitting.say_replaced(config, sizes, directory.path, log)
         return config_lib.replace(config, sizes), None
     found = weights.open_(config.init_from, log)
     return fitting.resolve(config, found, log, training=True), found

@@ -5,6 +5,7 @@ the files of other programs (`weight_files` reads them, `dialects` knows their n
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -33,7 +34,13 @@ LOCAL = tuple(
 )
 # What `describe` writes beside arrays of a foreign layout, and the checkpoint of a conversion.
 DESCRIPTION = "itself_jax"
-_PROGRESS = ("num_epoch", "iteration", "epoch", "best_alpha")  # kept beside converted arrays
+_PROGRESS = (
+    "num_epoch",
+    "iteration",
+    "epoch",
+    "best_alpha",
+    "protocol",
+)  # kept beside converted arrays
 
 Log = Callable[[str], None]
 
@@ -69,9 +76,8 @@ class Weights(NamedTuple):
     @property
     def protocol(self) -> str | None:
         """By which epoch and fusion weight were chosen; None: not in a run of this project."""
-        if self.dialect is not dialects.OURS:
-            return None
-        return self.meta.get("protocol", "val")  # the first checkpoints do not say
+        of_a_run = self.dialect is dialects.OURS and DESCRIPTION not in self.meta
+        return self.meta.get("protocol", "val" if of_a_run else None)  # the first ones do not say
 
     @property
     def text_length(self) -> int:
@@ -110,6 +116,12 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
                 f"{mapped.dialect.activation} is taken, as in OpenAI's CLIP. Set model.activation "
                 "if this is wrong (open_clip: gelu, unless its model's name ends in -quickgelu)."
             )
+            if None not in (sizes["model.vision_heads"], sizes["model.text_heads"]):
+                notes.append(
+                    f"WARNING: nothing in it says how many heads it has; one for each 64 of the "
+                    f"width is taken, {sizes['model.vision_heads']} and "
+                    f"{sizes['model.text_heads']}, as in OpenAI's CLIP"
+                )
     return Weights(
         source=source,
         kind=f"{file.kind}, {mapped.dialect.name}",
@@ -119,8 +131,15 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
         dropped=mapped.dropped,
         sizes=sizes,
         config=_run_config(stated.get("config")),
-        num_identities=_num_identities(arrays),
-        meta={**file.metadata, **_progress(stated)},
+        num_identities=_num_identities(source, arrays),
+        meta={
+            **{
+                key: value
+                for key, value in file.metadata.items()
+                if key in ("num_epoch", "iteration", "epoch") and type(value) is int
+            },
+            **_progress(stated),
+        },
         notes=tuple(notes),
     )
 
@@ -163,7 +182,7 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
         dropped={},
         sizes=sizes,
         config=config,
-        num_identities=_num_identities(arrays),
+        num_identities=_num_identities(source, arrays),
         meta={
             "num_epoch": settings.get("num_epochs", 0),
             "iteration": found.step,
@@ -183,6 +202,12 @@ def read(weights: Weights, name: str, array: dialects.Array) -> np.ndarray:
     values = array.read()
     called = weights.names.get(name, (name,))
     if name.endswith("batches"):
+        count = float(values) if values.ndim == 0 else math.nan
+        if not (0 <= count < 2**31 and count == int(count)):
+            raise WeightsError(
+                f"{weights.source}: {called[0]} is {values}, not a number of batches; the file is "
+                "damaged or of another model."
+            )
         return values.astype(np.int32)
     if values.dtype.kind not in "fV" and values.dtype.name != "bfloat16":
         raise WeightsError(
@@ -346,7 +371,15 @@ def _depth(arrays: Mapping[str, Any], tower: str) -> int:
     return 1 + max(map(int, layers), default=-1)
 
 
-def _num_identities(arrays: Mapping[str, dialects.Array]) -> int | None:
+def _num_identities(source: pathlib.Path, arrays: Mapping[str, dialects.Array]) -> int | None:
+    classes = {
+        array.shape[-1] for name, array in arrays.items() if "_classifier/" in name and array.shape
+    }
+    if len(classes) > 1:
+        raise WeightsError(
+            f"{source}: its classifiers disagree on the number of classes, "
+            f"{', '.join(map(str, sorted(classes)))}; the file is damaged or put together."
+        )
     classifier = arrays.get("params/global_heads/identity_classifier/kernel")
     return (
         classifier.shape[1] - 1 if classifier is not None and len(classifier.shape) == 2 else None

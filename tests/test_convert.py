@@ -245,12 +245,20 @@ def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path, unprobe
 def test_what_is_there_is_replaced_by_force_only(kind, tmp_path, unprobed):
     source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
     target = tmp_path / "out" / kind
-    target.mkdir(parents=True) if kind == "folder" else target.parent.mkdir()
-    (target / "mine" if kind == "folder" else target).write_text("mine")
+    if kind == "folder":
+        target.mkdir(parents=True)
+        (target / "mine").write_text("mine")
+        with pytest.raises(weights.WeightsError, match="that no conversion wrote"):
+            converting.write(source, target, quiet, force=True)
+        assert [path.name for path in target.iterdir()] == ["mine"]
+        (target / "mine").rename(target / "checkpoints")
+    else:
+        target.parent.mkdir()
+        target.write_text("mine")
     with pytest.raises((weights.WeightsError, weight_files.WeightFileError), match="--force") as no:
         converting.write(source, target, quiet)
     assert str(target) in str(no.value)
-    assert (target / "mine" if kind == "folder" else target).read_text() == "mine"
+    assert (target / "checkpoints" if kind == "folder" else target).read_text() == "mine"
     converting.write(source, target, quiet, force=True)
     assert [p.name for p in target.parent.iterdir()] == [kind]
     assert converting.examine(target, quiet).weights.num_identities == 5
