@@ -64,7 +64,6 @@ def resolve(
                     f"{width}, as it was trained with."
                 )
             log(f"{found.source} does not say how many heads it has: {key}={sizes[key]}.")
-    say_replaced(config, {**changes, **sizes}, found.source, log)
     chosen = changes.get("model.activation", config.model.activation)
     stated = sizes["model.activation"]
     if chosen is not None:

@@ -198,6 +198,7 @@ def evaluate_only(
         best = weights.of_run(directory.path, log)
     else:
         best = weights.open_(config.init_from, log)
+    fitting.say_replaced(config, best.sizes, best.source, log)
     config = fitting.resolve(config, best, log, training=False)
     mesh = sharding.make_mesh(config.mesh, config.batch_size)
     test_splits = read_test_splits(config, log)
@@ -248,6 +249,7 @@ def start_from(
         fitting.say_replaced(config, sizes, directory.path, log)
         return config_lib.replace(config, sizes), None
     found = weights.open_(config.init_from, log)
+    fitting.say_replaced(config, found.sizes, found.source, log)
     return fitting.resolve(config, found, log, training=True), found
 
 

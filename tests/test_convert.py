@@ -211,6 +211,12 @@ def test_a_state_of_openai_names_is_nothing_else_and_says_what_it_cannot(tmp_pat
     assert "cannot say activation gelu, vision_heads 4, text_heads 4" in log[-2]
 
 
+def test_a_picture_that_contradicts_the_positions_is_refused(tmp_path, unprobed):
+    path = published.write(tmp_path / "best.pth")
+    with pytest.raises(weights.WeightsError, match="for 8 patches, but a picture of 64x64 has 8x8"):
+        converting.examine(path, quiet, {"model.image_size": (64, 64)})
+
+
 def test_float16_says_what_it_rounds(tmp_path, unprobed):
     log = []
     source = converting.examine(published.write(tmp_path / "best.pth"), quiet)

@@ -196,6 +196,13 @@ def test_the_global_part_of_neighbouring_methods(name, others, reason):
     assert len(mapped.arrays) == len(clip_part())
 
 
+def test_half_of_the_heads_of_itself_make_no_file_of_rde():
+    names = published.shapes(published.TINY)
+    half = {name: shape for name, shape in names.items() if not name.startswith("mlp_")}
+    with pytest.raises(dialects.DialectError, match=r"classifier_id_grab\.weight"):
+        dialects.read(only_shapes(half))
+
+
 def test_custom_text_towers_of_open_clip():
     shapes = {name.removeprefix("base_model."): shape for name, shape in clip_part().items()}
     text = {f"text.{n}": s for n, s in shapes.items() if not n.startswith("visual.")}

@@ -83,6 +83,31 @@ def test_heads_that_nobody_says_are_asked_for(found):
     assert config.model.vision_heads == 2 and "vision_heads=2" in log[-1]
 
 
+def test_given_heads_go_before_the_rule_and_say_so(found):
+    log = []
+    assert resolved(found, log.append, model__text_heads=4).model.text_heads == 4
+    assert "model.text_heads=4 overrides 1" in log[-1]
+
+
+def test_replaced_sizes_are_said_once_with_what_was_configured(found):
+    log = []
+    fitting.say_replaced(config_lib.Config(), found.sizes, found.source, log.append)
+    assert len(log) == 1 and "model.patch_size=8 (was 16)" in log[0]
+    assert "model.vocab_size=64 (was 49408)" in log[0]
+    fitting.say_replaced(resolved(found), found.sizes, found.source, log.append)
+    assert len(log) == 1
+
+
+def test_a_square_of_pre_training_is_resized_though_as_many_patches_are_wanted():
+    """4x4 patches of a CLIP for pictures of 8x2 ones."""
+    found, log = opened(GOLDEN / "hugging_face"), []
+    changes = {"model.image_size": (64, 16), "model.text_length": 16, "local.enabled": False}
+    config = fitting.resolve(config_lib.Config(), found, quiet, training=True, changes=changes)
+    shapes = fitting.encoders_only(template(config))
+    fitting.fit(found, shapes, config.model, log.append)
+    assert len(log) == 1 and "4x4 grid were resized to 8x2" in log[0]
+
+
 def test_layers_of_the_local_branch_must_exist_in_the_weights(found):
     with pytest.raises(config_lib.ConfigError, match="layer:5"):
         resolved(found, local__saliency="layer:5")

@@ -219,6 +219,33 @@ def test_every_type_becomes_float32(tmp_path, dtype):
     np.testing.assert_array_equal(values, stored.astype(np.float32))
 
 
+def test_classifiers_must_agree_on_the_classes(tmp_path):
+    bad = np.zeros((9, 24), np.float32)
+    path = published.write(tmp_path / "best.pth", classifier_grab__weight=bad)
+    with pytest.raises(weights.WeightsError, match="disagree on the number of classes, 6, 9"):
+        opened(path)
+
+
+@pytest.mark.parametrize("value", [7.5, np.nan, -1.0, 2.0**40])
+def test_counts_are_whole_numbers_in_range(tmp_path, value):
+    name = "visul_emb_layer__mlp__bns__0__num_batches_tracked"
+    found = opened(published.write(tmp_path / "best.pth", **{name: np.array(value)}))
+    path = "batch_stats/image_grab/norm/batches"
+    with pytest.raises(weights.WeightsError, match="not a number of batches"):
+        weights.read(found, path, found.arrays[path])
+
+
+def test_the_protocol_of_a_run_travels_and_of_others_is_not_made_up(tmp_path):
+    found = opened(published.write(tmp_path / "best.pth"))
+    assert found.protocol is None
+    described = weights.describe(
+        found._replace(meta={**found.meta, "protocol": "paper"}), config_lib.Config()
+    )
+    path = tmp_path / "again.npz"
+    weight_files.write_npz(path, published.state(), metadata={"itself_jax": json.dumps(described)})
+    assert opened(path).protocol == "paper"
+
+
 def test_a_broken_description_is_named(tmp_path):
     path = tmp_path / "best.pth"
     weight_files.write_torch(path, published.state(), extra={"itself_jax": "{heads"})
