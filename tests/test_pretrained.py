@@ -56,7 +56,8 @@ def state(path, step):
 
 def test_training_starts_from_a_published_file(data, best, tmp_path, capsys):
     """After an epoch every weight is still near what the file holds."""
-    path = tiny.run(settings(data, best, last_epoch=1), tmp_path / "run")
+    config = settings(data, best, last_epoch=1)
+    path = tiny.run(config, tmp_path / "run")
     out = capsys.readouterr().out
     assert "knows 5 identities, this run has others: the classifiers start anew." in out
     saved = json.loads((path / "config.json").read_text())["config"]
@@ -74,6 +75,12 @@ def test_training_starts_from_a_published_file(data, best, tmp_path, capsys):
     assert np.abs(after[f"{norm}/mean"] - found.arrays[f"{norm}/mean"].read()).max() > 1e-3
     unused = "batch_stats/text_grab/unused_norm_mean"
     np.testing.assert_array_equal(after[unused], found.arrays[unused].read())
+    # Evaluating the same command's directory means the run, not what it started from.
+    results = tiny.results(path)
+    train.evaluate_only(config, path, interrupt.Interrupts())
+    out = capsys.readouterr().out
+    epoch = json.loads((path / "finished.json").read_text())["best_epoch"]
+    assert f"Testing epoch {epoch} of {path}." in out and tiny.results(path) == results
 
 
 @pytest.mark.slow
