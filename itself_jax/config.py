@@ -137,7 +137,7 @@ class Config:
     mesh: Mesh = Mesh()
     eval: Eval = Eval()
     synthetic: Synthetic = Synthetic()
-    sharding: str = "replicated"
+    sharding: str = "replicated"  # parameters and Adam's moments; or "fsdp": spread over devices
     batch_size: int = 256  # pairs over all devices
     num_instances: int = 2  # pairs per identity in a batch
     num_epochs: int = 60
@@ -146,9 +146,9 @@ class Config:
     warmup_epochs: int = 5
     seed: int = 0
     precision: str | None = None  # None: bfloat16 on TPU/GPU, float32 on CPU
-    micro_batches: int = 1
-    remat: str = "none"
-    freeze_layers: int = 0
+    micro_batches: int = 1  # a batch is encoded in so many parts; losses are of the whole batch
+    remat: str = "none"  # kept for the backward pass: all; "dots" linear layers; "block" inputs
+    freeze_layers: int = 0  # embeddings and first layers that are not trained; -1: both encoders
     num_workers: int = 0  # processes that decode pictures; 0: threads of this one
     log_every: int = 10
 
@@ -158,6 +158,8 @@ class Config:
 UNCHANGEABLE = ("eval.protocol", "eval.captions")
 CHANGEABLE = (
     "mesh.",
+    "sharding",
+    "remat",
     "log_every",
     "eval.",
     "eval_datasets",
@@ -380,11 +382,8 @@ def _validate(config: Config) -> None:
     for name in config.eval_datasets:
         one_of("eval_datasets", name, DATASETS)
     one_of("precision", config.precision, (None, "float32", "bfloat16"))
-    one_of("sharding", config.sharding, ("replicated",))
-    one_of("remat", config.remat, ("none",))
-    one_of("micro_batches", config.micro_batches, (1,))
-    one_of("freeze_layers", config.freeze_layers, (0,))
-    one_of("mesh.model", config.mesh.model, (1,))
+    one_of("sharding", config.sharding, ("replicated", "fsdp"))
+    one_of("remat", config.remat, ("none", "dots", "block"))
     one_of("model.activation", model.activation, (None, "quick_gelu", "gelu"))
     one_of("loss.mismatch_label", config.loss.mismatch_label, ("batch_max", "extra_class"))
     one_of("eval.protocol", config.eval.protocol, ("val", "paper"))
@@ -397,6 +396,7 @@ def _validate(config: Config) -> None:
         *("local.dim", "loss.temperature", "optim.learning_rate", "optim.local_learning_rate"),
         *("optim.eps", "batch_size", "num_instances", "num_epochs", "log_every"),
         *("eval.batch_size", "eval.chunk_mb", "synthetic.images_per_identity"),
+        *("micro_batches", "mesh.model"),
     ):
         value = flat[key]
         check(key, value, value > 0 and math.isfinite(value), "must be positive")
@@ -413,6 +413,13 @@ def _validate(config: Config) -> None:
         config.mesh.data,
         config.mesh.data == -1 or config.mesh.data > 0,
         "must be positive, or -1 for all devices",
+    )
+    deepest = max(model.vision_depth, model.text_depth)
+    check(
+        "freeze_layers",
+        config.freeze_layers,
+        -1 <= config.freeze_layers <= deepest,
+        f"must lie in 0..{deepest}, the layers of the deeper encoder, or be -1 for all of both",
     )
     if config.eval.alpha is not None:
         check("eval.alpha", config.eval.alpha, 0 <= config.eval.alpha <= 1, "must lie in [0, 1]")

@@ -1,7 +1,8 @@
 """The losses of ITSELF as pure functions of embeddings and logits, all in float32.
 
 Embeddings enter un-normalised. `pids` are identity labels 0..C-1; pairs are aligned, row i of the
-images belongs to row i of the texts.
+images belongs to row i of the texts. On a mesh every device has all features but computes its own
+rows: no device ever holds a whole b x b matrix.
 """
 
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from itself_jax import sharding
 
 _EXACT = jax.lax.Precision.HIGHEST
 Logits = Callable[..., Float[Array, "p c"]]
@@ -47,9 +50,24 @@ def tal(
     # Plain division, unlike CID's normalisation: three of them coexist in the reference.
     image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
     text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
-    similarity = jnp.einsum("td,id->ti", text, image, precision=_EXACT)
-    positive = pids[:, None] == pids[None, :]
-    return sum(_tal_rows(s, positive, temperature, margin) for s in (similarity, similarity.T))
+    positive = _same(pids)
+    return sum(
+        _tal_rows(_similarity(*pair), positive, temperature, margin)
+        for pair in ((text, image), (image, text))
+    )
+
+
+def _similarity(rows: Float[Array, "b d"], columns: Float[Array, "b d"]) -> Float[Array, "b b"]:
+    """Inner products; the rows stay where they are, the columns go to every device."""
+    columns = sharding.constrain(columns, "gathered", None)
+    product = jnp.einsum("rd,cd->rc", rows, columns, precision=_EXACT)
+    return sharding.constrain(product, "batch", "gathered")
+
+
+def _same(pids: Int[Array, " b"]) -> Bool[Array, "b b"]:
+    """Which pairs are of one identity."""
+    everyone = sharding.constrain(pids, "gathered")
+    return sharding.constrain(pids[:, None] == everyone[None, :], "batch", "gathered")
 
 
 def _tal_rows(similarity, positive, temperature, margin):
@@ -72,9 +90,12 @@ def hard_negatives(
         x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         for x in (jax.lax.stop_gradient(image), jax.lax.stop_gradient(text))
     )
-    similarity = jnp.einsum("td,id->ti", text, image, precision=_EXACT)
-    others = jnp.where(pids[:, None] == pids[None, :], -jnp.inf, similarity)
-    return HardNegatives(image=jnp.argmax(others, axis=1), text=jnp.argmax(others, axis=0))
+    same = _same(pids)
+
+    def hardest(rows: Array, columns: Array) -> Int[Array, " b"]:
+        return jnp.argmax(jnp.where(same, -jnp.inf, _similarity(rows, columns)), axis=1)
+
+    return HardNegatives(image=hardest(text, image), text=hardest(image, text))
 
 
 def mismatch_label(pids: Int[Array, " b"], num_identities: int, rule: str) -> Int[Array, ""]:
@@ -89,12 +110,14 @@ def mismatch_label(pids: Int[Array, " b"], num_identities: int, rule: str) -> In
 
 
 def cross_entropy(
-    logits: Float[Array, "p c"], labels: Int[Array, " p"], weights: Float[Array, " p"] | None = None
+    logits: Float[Array, "*p c"],
+    labels: Int[Array, "*p"],
+    weights: Float[Array, "*p"] | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy in nats; with weights, their weighted mean."""
     logits = logits.astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-    losses = jax.nn.logsumexp(logits, axis=1) - picked
+    picked = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(logits, axis=-1) - picked
     if weights is None:
         return losses.mean()
     return jnp.sum(losses * weights) / jnp.sum(weights)
@@ -115,15 +138,28 @@ def cid(
     which has no negatives, the matched pairs alone count.
     """
     negatives = hard_negatives(image, text, pids)
-    images = jnp.concatenate([image, image[negatives.image], image])
-    texts = jnp.concatenate([text, text, text[negatives.text]])
+
+    def stacked(*thirds: Array) -> Array:
+        # Along an axis of its own: the rows of a device stay on it.
+        return sharding.constrain(jnp.stack(thirds), None, "batch", *[None] * (thirds[0].ndim - 1))
+
+    hard_image, hard_text = _pick(image, negatives.image), _pick(text, negatives.text)
+    images, texts = stacked(image, hard_image, image), stacked(text, text, hard_text)
     mismatched = jnp.full_like(pids, mismatch)
-    labels = jnp.concatenate([pids, mismatched, mismatched])
+    labels = stacked(pids, mismatched, mismatched)
     has_negative = jnp.any(pids != pids[0]).astype(jnp.float32)
-    weights = jnp.concatenate([jnp.ones(len(pids)), jnp.full(2 * len(pids), has_negative)])
+    some = jnp.full(len(pids), has_negative)
+    weights = stacked(jnp.ones(len(pids)), some, some)
     forward = cross_entropy(pair_logits(images, texts), labels, weights)
     backward = cross_entropy(pair_logits(texts, images), labels, weights)
     return (forward + backward) / 2
+
+
+def _pick(embeddings: Float[Array, "b d"], indices: Int[Array, " b"]) -> Float[Array, "b d"]:
+    """The embeddings of any rows, wherever they are."""
+    return sharding.constrain(
+        sharding.constrain(embeddings, "gathered", None)[indices], "batch", None
+    )
 
 
 def branch(

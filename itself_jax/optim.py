@@ -38,6 +38,11 @@ RULES = (
 )
 
 
+# The parts of an encoder in the order in which they compute, up to its layers.
+_BELOW = re.compile(r"(image|text)_encoder/(\w+_embedding|ln_pre)(/.*)?")
+_LAYER = re.compile(r"(?:image|text)_encoder/transformer/layer_(\d+)/.*")
+
+
 class Groups(NamedTuple):
     """Trees shaped like the parameters."""
 
@@ -46,15 +51,18 @@ class Groups(NamedTuple):
     trained: Any  # False: the parameter receives no gradient
 
 
-def groups(params: Any, settings: config_lib.Optim) -> Groups:
+def groups(params: Any, settings: config_lib.Optim, *, freeze_layers: int = 0) -> Groups:
     """Assigns every parameter to the first rule that matches its whole path.
+
+    freeze_layers: the embeddings and the first so many layers of both encoders are not trained;
+      -1: nothing of the encoders is.
 
     Raises:
       ValueError: a parameter that no rule covers.
     """
 
     def match(path: tuple[Any, ...], _: Any) -> Rule:
-        name = "/".join(key.key for key in path)
+        name = _path(path)
         for rule in RULES:
             if re.fullmatch(rule.pattern, name):
                 return rule
@@ -72,8 +80,25 @@ def groups(params: Any, settings: config_lib.Optim) -> Groups:
     return Groups(
         rate=over(rate),
         decay=over(lambda rule: settings.weight_decay if rule.decay else 0.0),
-        trained=over(lambda rule: rule.rate > 0),
+        trained=jax.tree_util.tree_map_with_path(
+            lambda path, rule: rule.rate > 0 and not is_frozen(_path(path), freeze_layers),
+            rules,
+            is_leaf=lambda x: isinstance(x, Rule),
+        ),
     )
+
+
+def is_frozen(name: str, freeze_layers: int) -> bool:
+    """Whether a parameter lies in the part of the encoders that `freeze_layers` leaves alone."""
+    if freeze_layers == -1:
+        return name.startswith(("image_encoder/", "text_encoder/"))
+    if found := _LAYER.fullmatch(name):
+        return int(found[1]) < freeze_layers
+    return freeze_layers > 0 and _BELOW.fullmatch(name) is not None
+
+
+def _path(path: tuple[Any, ...]) -> str:
+    return "/".join(key.key for key in path)
 
 
 def learning_rate_factors(num_epochs: int, warmup_epochs: int) -> Float[np.ndarray, " s"]:
@@ -87,13 +112,15 @@ def learning_rate_factors(num_epochs: int, warmup_epochs: int) -> Float[np.ndarr
     return np.where(epoch <= warmup_epochs, warmup, cosine)
 
 
-def adam(params: Any, settings: config_lib.Optim) -> optax.GradientTransformation:
+def adam(
+    params: Any, settings: config_lib.Optim, *, freeze_layers: int = 0
+) -> optax.GradientTransformation:
     """Adam with L2 decay added to the gradient (not AdamW); updates at the peak rates.
 
     The caller multiplies the updates by the schedule's factor of the epoch, which is traced.
     `params` may be shapes: only the paths matter.
     """
-    group = groups(params, settings)
+    group = groups(params, settings, freeze_layers=freeze_layers)
 
     def add_decay(updates: Any, state: optax.EmptyState, params: Any) -> tuple[Any, Any]:
         decayed = jax.tree.map(

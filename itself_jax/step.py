@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from itself_jax import config as config_lib
 from itself_jax import losses, optim, sharding
 from itself_jax.data import batch as batch_lib
-from itself_jax.models import itself, saliency
+from itself_jax.models import grab, itself, saliency
 
 # CLIP's statistics of RGB in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -95,28 +95,9 @@ def compute_loss(
 ) -> Loss:
     """One training-mode forward pass and the plain sum of all terms (method section 5)."""
     image, text, batch_stats = encode(model, variables, images, ids, k)
-    mismatch = losses.mismatch_label(pids, model.num_identities, settings.mismatch_label)
-    pairs = [("global_heads", image.embedding.global_, text.embedding.global_)]
-    if model.local.enabled:
-        pairs.append(("local_heads", image.embedding.local, text.embedding.local))
-    branches = []
-    for name, image_embedding, text_embedding in pairs:
-        heads = itself.IdentityHeads(model.num_identities + 1, image_embedding.shape[-1])
-        bound = heads.bind({"params": variables["params"][name]})
-        branches.append(
-            losses.branch(
-                image_embedding,
-                text_embedding,
-                pids,
-                pair_logits=bound.pair_logits,
-                identity_logits=bound.identity_logits,
-                mismatch=mismatch,
-                temperature=settings.temperature,
-                margin=settings.margin,
-            )
-        )
-    total = sum(sum(branch) for branch in branches)
-    return Loss(total, tuple(branches), batch_stats)
+    return sum_losses(
+        model, settings, variables["params"], image.embedding, text.embedding, pids, batch_stats
+    )
 
 
 def encode(
@@ -135,6 +116,40 @@ def encode(
     return image, text, updated.get("batch_stats", {})
 
 
+def sum_losses(
+    model: itself.ITSELF,
+    settings: config_lib.Loss,
+    params: Any,
+    image: itself.Embedding,
+    text: itself.Embedding,
+    pids: Int[Array, " b"],
+    batch_stats: Any,
+) -> Loss:
+    """All loss terms of a batch of embeddings. `params` needs the heads alone."""
+    mismatch = losses.mismatch_label(pids, model.num_identities, settings.mismatch_label)
+    pairs = [("global_heads", image.global_, text.global_)]
+    if model.local.enabled:
+        pairs.append(("local_heads", image.local, text.local))
+    branches = []
+    for name, image_embedding, text_embedding in pairs:
+        heads = itself.IdentityHeads(model.num_identities + 1, image_embedding.shape[-1])
+        bound = heads.bind({"params": params[name]})
+        branches.append(
+            losses.branch(
+                image_embedding,
+                text_embedding,
+                pids,
+                pair_logits=bound.pair_logits,
+                identity_logits=bound.identity_logits,
+                mismatch=mismatch,
+                temperature=settings.temperature,
+                margin=settings.margin,
+            )
+        )
+    total = sum(sum(branch) for branch in branches)
+    return Loss(total, tuple(branches), batch_stats)
+
+
 @dataclasses.dataclass(frozen=True)
 class Training:
     """Model, optimiser and schedules of a run, and its step as a pure function."""
@@ -144,6 +159,7 @@ class Training:
     optimizer: optax.GradientTransformation
     bank_schedule: np.ndarray  # (s, 2) int32: k of images and texts
     rate_factors: np.ndarray  # (epochs + 1,) float64
+    trained: Any  # tree of bool like the parameters: False for those without a gradient
 
     def init(self, seed: int) -> TrainState:
         """CLIP's own initialisation, a pure function of the seed."""
@@ -169,16 +185,7 @@ class Training:
         """One optimiser step. `batch` has images (uint8), erase, captions, pids and epoch."""
         step = state.step + 1
         k = self.bank_limits(step, batch.epoch)
-        images = prepare_images(batch.images, batch.erase)
-
-        def loss_of(params: Any) -> tuple[Float[Array, ""], Loss]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            loss = compute_loss(
-                self.model, self.config.loss, variables, images, batch.captions, batch.pids, k
-            )
-            return loss.total, loss
-
-        gradients, loss = jax.grad(loss_of, has_aux=True)(state.params)
+        gradients, loss = self.gradients(state, batch, k)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         factor = jnp.asarray(self.rate_factors, jnp.float32)[batch.epoch]
         params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
@@ -193,14 +200,120 @@ class Training:
         )
         return TrainState(step, params, loss.batch_stats, opt_state), metrics
 
+    def gradients(self, state: TrainState, batch: Any, k: itself.BankLimits) -> tuple[Any, Loss]:
+        """Gradients of the loss by all parameters, zero for those that are not trained."""
+        if self.config.micro_batches > 1:
+            return self._gradients_in_parts(state, batch, k)
+
+        def loss_of(params: Any) -> tuple[Float[Array, ""], Loss]:
+            variables = {"params": self._in_use(params), "batch_stats": state.batch_stats}
+            images = prepare_images(batch.images, batch.erase)
+            loss = compute_loss(
+                self.model, self.config.loss, variables, images, batch.captions, batch.pids, k
+            )
+            return loss.total, loss
+
+        return jax.grad(loss_of, has_aux=True)(state.params)
+
+    def _gradients_in_parts(
+        self, state: TrainState, batch: Any, k: itself.BankLimits
+    ) -> tuple[Any, Loss]:
+        """The same gradients, with one micro-batch's activations in memory at a time.
+
+        The losses look across the whole batch, so the batch is encoded twice (an idea of
+        GradCache). First without gradients, to keep of every token sequence its global embedding
+        and bank rows; losses and GRAB run on those and give their gradients. Then, micro-batch by
+        micro-batch, with these gradients and the banks already chosen.
+        """
+        model, parts = self.model, self.config.micro_batches
+        is_tower = {name: name.endswith("_encoder") for name in state.params}
+        towers = {name: x for name, x in state.params.items() if is_tower[name]}
+        others = {name: x for name, x in state.params.items() if not is_tower[name]}
+        inputs = jax.tree.map(
+            lambda x: sharding.split_rows(x, parts), (batch.images, batch.erase, batch.captions)
+        )
+
+        def select(
+            towers: Any, part: Any, banks: Any = (None, None)
+        ) -> tuple[itself.Selected, itself.Selected]:
+            pixels, erase, ids = part
+
+            def both(module: itself.ITSELF) -> tuple[itself.Selected, itself.Selected]:
+                images = prepare_images(pixels, erase)
+                return (
+                    module.select_image(images, k.image, banks[0]),
+                    module.select_text(ids, k.text, banks[1]),
+                )
+
+            return nn.apply(both, model)({"params": self._in_use(towers)})
+
+        def features(both: tuple[itself.Selected, itself.Selected]) -> Any:
+            return tuple((side.global_, side.rows) for side in both)
+
+        chosen = jax.lax.map(lambda part: select(towers, part), inputs)
+        banks = tuple(side.bank for side in chosen)
+        whole_banks = tuple(_join_bank(bank) for bank in banks)
+
+        def losses_of(others: Any, cached: Any) -> tuple[Float[Array, ""], Loss]:
+            others = self._in_use(others)
+            embeddings, batch_stats = [], {}
+            for side, bank, (global_, rows) in zip(
+                ("image_grab", "text_grab"), whole_banks, cached, strict=True
+            ):
+                local = None
+                if bank is not None:
+                    variables = {"params": others[side], "batch_stats": state.batch_stats[side]}
+                    head = itself.grab_head(model.local, model.dtype, image=side == "image_grab")
+                    local, batch_stats[side] = grab.embed_in_chunks(
+                        head, variables, rows, bank, parts
+                    )
+                embeddings.append(itself.Embedding(global_, local))
+            loss = sum_losses(model, self.config.loss, others, *embeddings, batch.pids, batch_stats)
+            return loss.total, loss
+
+        cached = jax.tree.map(sharding.join_rows, features(chosen))
+        (gradients, wanted), loss = jax.grad(losses_of, argnums=(0, 1), has_aux=True)(
+            others, cached
+        )
+        wanted = jax.tree.map(lambda x: sharding.split_rows(x, parts), wanted)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            inputs, banks, wanted = part
+            _, pull = jax.vjp(lambda towers: features(select(towers, inputs, banks)), towers)
+            return jax.tree.map(jnp.add, total, pull(wanted)[0]), None
+
+        zeros = jax.tree.map(jnp.zeros_like, towers)
+        of_towers, _ = jax.lax.scan(add, zeros, (inputs, banks, wanted))
+        return {**of_towers, **gradients}, loss
+
+    def _in_use(self, params: Any) -> Any:
+        """Parameters as the computation needs them; those that are not trained as constants."""
+        trained = {name: self.trained[name] for name in params}
+        params = jax.tree.map(
+            lambda x, t: x if t else jax.lax.stop_gradient(x), dict(params), trained
+        )
+        return sharding.in_use(params, self.config.sharding)
+
     def encode_images(self, variables: Any, pixels: UInt8[Array, "b y x 3"]) -> itself.Embedding:
         """Pictures → embeddings as evaluation uses them."""
         images = prepare_images(pixels)
-        return self.model.apply(variables, images, method="encode_image").embedding
+        return self.model.apply(self._gathered(variables), images, method="encode_image").embedding
 
     def encode_captions(self, variables: Any, ids: Int[Array, "b t"]) -> itself.Embedding:
         """Token ids → embeddings as evaluation uses them."""
-        return self.model.apply(variables, ids, method="encode_text").embedding
+        return self.model.apply(self._gathered(variables), ids, method="encode_text").embedding
+
+    def _gathered(self, variables: Any) -> Any:
+        params = sharding.in_use(variables["params"], self.config.sharding)
+        return {**variables, "params": params}
+
+
+def _join_bank(bank: saliency.Bank | None) -> saliency.Bank | None:
+    """The bank of a batch from those of its parts, which have the same k."""
+    if bank is None:
+        return None
+    indices, valid = sharding.join_rows(bank.indices), sharding.join_rows(bank.valid)
+    return saliency.Bank(indices, bank.kept[0], valid)
 
 
 def make(
@@ -211,7 +324,7 @@ def make(
     steps_per_epoch: exact optimiser steps of each epoch, for a horizon that counts epochs.
     """
     model = itself.ITSELF(
-        config.model, config.local, num_identities, compute_dtype(config.precision)
+        config.model, config.local, num_identities, compute_dtype(config.precision), config.remat
     )
     shapes = jax.eval_shape(
         lambda: model.init(
@@ -223,9 +336,12 @@ def make(
     return Training(
         config=config,
         model=model,
-        optimizer=optim.adam(shapes["params"], config.optim),
+        optimizer=optim.adam(shapes["params"], config.optim, freeze_layers=config.freeze_layers),
         bank_schedule=bank_schedule(config, steps_per_epoch),
         rate_factors=optim.learning_rate_factors(config.num_epochs, config.warmup_epochs),
+        trained=optim.groups(
+            shapes["params"], config.optim, freeze_layers=config.freeze_layers
+        ).trained,
     )
 
 
@@ -265,50 +381,66 @@ def horizon_steps(horizon: int | str, steps_per_epoch: tuple[int, ...]) -> int:
 def state_template(training: Training, mesh: jax.sharding.Mesh) -> TrainState:
     """Shapes, types and places of everything that training changes."""
     shapes = jax.eval_shape(lambda: training.init(0))
-    place = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    places = sharding.place(mesh, shapes, training.config.sharding).stored
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+    )
 
 
-def compile_step(
-    training: Training, template: TrainState, mesh: jax.sharding.Mesh
-) -> Callable[..., Any]:
-    """The train step for exactly one batch shape: another shape is an error, not a compilation."""
-    config = training.config
+def init_state(training: Training, template: TrainState, seed: int) -> TrainState:
+    """A fresh state where `template` wants it; no device ever holds what it does not keep."""
+    places = jax.tree.map(lambda x: x.sharding, template)
+    return jax.jit(training.init, static_argnums=0, out_shardings=places)(seed)
+
+
+def batch_template(config: config_lib.Config, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
+    """Shapes, types and places of a global batch."""
     rows, whole = sharding.batch(mesh), sharding.replicated(mesh)
     b = config.batch_size
 
     def array(shape: tuple[int, ...], dtype: Any, place: Any = rows) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    batch = batch_lib.Batch(
+    return batch_lib.Batch(
         images=array((b, *config.model.image_size, 3), np.uint8),
         erase=array((b, 4), np.int32),
         captions=array((b, config.model.text_length), np.int32),
         pids=array((b,), np.int32),
         epoch=array((), np.int32, whole),
     )
-    compiled = jax.jit(training.step, donate_argnums=0, out_shardings=whole)
-    return compiled.lower(template, batch).compile()
+
+
+def compile_step(
+    training: Training, template: TrainState, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """The train step for exactly one batch shape: another shape is an error, not a compilation."""
+    places = jax.tree.map(lambda x: x.sharding, template)
+    step = jax.jit(
+        training.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(template, batch_template(training.config, mesh)).compile()
 
 
 def compile_encoders(
     training: Training, variables: Any, mesh: jax.sharding.Mesh
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Image and text encoder for batches of `eval.batch_size`.
+    """Image and text encoder for batches of `eval.batch_size`; every host gets all embeddings.
 
     variables: shapes and places of "params" and "batch_stats"; classifiers may be absent.
     """
     config = training.config
     rows = sharding.batch(mesh)
     b = config.eval.batch_size
-    if b % mesh.shape["data"]:
-        raise config_lib.ConfigError(
-            f"config.eval.batch_size={b} is not divisible by the {mesh.shape['data']} devices of "
-            "config.mesh.data."
-        )
     pixels = jax.ShapeDtypeStruct((b, *config.model.image_size, 3), np.uint8, sharding=rows)
     ids = jax.ShapeDtypeStruct((b, config.model.text_length), np.int32, sharding=rows)
-    return (
-        jax.jit(training.encode_images).lower(variables, pixels).compile(),
-        jax.jit(training.encode_captions).lower(variables, ids).compile(),
-    )
+    whole = sharding.replicated(mesh)
+
+    def compiled(encode: Callable[..., Any], batch: Any) -> Callable[..., Any]:
+        return jax.jit(encode, out_shardings=whole).lower(variables, batch).compile()
+
+    with jax.set_mesh(mesh):
+        return (
+            compiled(training.encode_images, pixels),
+            compiled(training.encode_captions, ids),
+        )

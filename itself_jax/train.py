@@ -70,7 +70,7 @@ def run(
     log = meter_lib.print_line
     directory = workdir.Workdir(path)
     config, pretrained = start_from(config, directory, log)
-    mesh = sharding.make_mesh(config.mesh, config.batch_size)
+    mesh = sharding.make_mesh(config)
     compute_dtype = step.compute_dtype(config.precision).name
     directory.claim(config, compute_dtype, log)
     if finished := directory.finished():
@@ -200,7 +200,7 @@ def evaluate_only(
         best = weights.open_(config.init_from, log)
     fitting.say_replaced(config, best.sizes, best.source, log)
     config = fitting.resolve(config, best, log, training=False)
-    mesh = sharding.make_mesh(config.mesh, config.batch_size)
+    mesh = sharding.make_mesh(config)
     test_splits = read_test_splits(config, log)
     alpha = best.meta.get("best_alpha") if config.eval.alpha is None else config.eval.alpha
     if not config.local.enabled:
@@ -346,10 +346,7 @@ def restore_or_init(
     restored = checkpoints.restore_latest(template)
     if restored is None:
         this.workdir.cut_metrics(0, validated=False)
-        init = jax.jit(
-            this.training.init, static_argnums=0, out_shardings=sharding.replicated(this.mesh)
-        )
-        state = init(this.config.seed)
+        state = step.init_state(this.training, template, this.config.seed)
         if this.config.init_from is not None:
             # A run that was killed before it saved anything has `config.json` but no checkpoint.
             pretrained = pretrained or weights.open_(this.config.init_from, this.log)

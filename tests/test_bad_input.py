@@ -145,7 +145,7 @@ def ranked_and_written(
     this = train.Run(
         config=config,
         workdir=workdir.Workdir(path),
-        mesh=sharding.make_mesh(config.mesh, config.batch_size),
+        mesh=sharding.make_mesh(config),
         training=None,
         tokenizer=tokenizer.Tokenizer(config.model.text_length),
         encoders=(jax.jit(untrained), jax.jit(untrained)),

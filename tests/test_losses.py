@@ -48,8 +48,8 @@ def cid_inputs(image, text, pids, rule="batch_max"):
     seen = []
 
     def pair_logits(first, second):
-        seen.append((first, second))
-        return jnp.zeros((len(first), 14))
+        seen.append((first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])))
+        return jnp.zeros((*first.shape[:-1], 14))
 
     mismatch = losses.mismatch_label(pids, 13, rule)
     losses.cid(image, text, pids, pair_logits, mismatch=mismatch)
@@ -67,7 +67,7 @@ def test_the_pairs_of_cid_are_the_references_in_both_orders():
 
 
 def test_cid_with_the_references_logits_is_the_references():
-    tables = [jnp.asarray(by_pair(UNIT[f"loss/logits{i}"])) for i in (1, 2)]
+    tables = [jnp.asarray(by_pair(UNIT[f"loss/logits{i}"])).reshape(3, 16, -1) for i in (1, 2)]
     remaining = list(tables)
     mismatch = losses.mismatch_label(PIDS, 13, "batch_max")
     value = losses.cid(IMAGE, TEXT, PIDS, lambda *_: remaining.pop(0), mismatch=mismatch)
@@ -77,7 +77,7 @@ def test_cid_with_the_references_logits_is_the_references():
 def test_labels_of_pairs_are_the_references():
     """Logits that are certain of the reference's labels cost nothing, so the labels are equal."""
     labels = by_pair(UNIT["loss/pair_labels"])
-    logits = 100.0 * jax.nn.one_hot(labels, 14)
+    logits = 100.0 * jax.nn.one_hot(labels, 14).reshape(3, 16, 14)
     mismatch = losses.mismatch_label(PIDS, 13, "batch_max")
     value = losses.cid(IMAGE, TEXT, PIDS, lambda *_: logits, mismatch=mismatch)
     assert float(value) < 1e-6
@@ -181,10 +181,10 @@ def test_a_batch_of_one_identity_has_finite_losses_and_gradients():
 
         return losses.cid(image, TEXT, pids, pair_logits, mismatch=jnp.array(4))
 
-    uniform, gradient = jax.jit(jax.value_and_grad(cid))(IMAGE, jnp.zeros((48, 14)))
+    uniform, gradient = jax.jit(jax.value_and_grad(cid))(IMAGE, jnp.zeros((3, 16, 14)))
     assert float(uniform) == pytest.approx(np.log(14), rel=1e-6)
     assert np.isfinite(gradient).all()
-    certain = 50.0 * jax.nn.one_hot(jnp.full(48, 3), 14)
+    certain = 50.0 * jax.nn.one_hot(jnp.full((3, 16), 3), 14)
     assert float(cid(IMAGE, certain)) < 1e-6
 
 
@@ -216,14 +216,14 @@ def test_cross_entropy_by_hand():
 
 
 def test_gradients_flow_through_the_negatives_of_cid():
-    """Image 2 is the hardest negative of texts 0 and 1 and enters their pairs, 3 and 4: a
-    classifier that looks at these two alone moves image 2 and no other."""
+    """Image 2 is the hardest negative of texts 0 and 1 and enters their pairs in the
+    second third: a classifier that looks at these two alone moves image 2 and no other."""
     pids = jnp.array([0, 0, 1])
 
     def loss(image):
         def pair_logits(first, second):
-            looked_at = (jnp.arange(9) == 3) | (jnp.arange(9) == 4)
-            return jnp.square(first[:, :2]) * looked_at[:, None] + 0.0 * second[:, :2]
+            looked_at = jnp.zeros((3, 3, 1)).at[1, :2].set(1.0)
+            return jnp.square(first[..., :2]) * looked_at + 0.0 * second[..., :2]
 
         return losses.cid(image, TEXT[:3], pids, pair_logits, mismatch=jnp.array(1))
 
@@ -237,7 +237,7 @@ def test_losses_are_float32_whatever_the_embeddings_are():
         IMAGE.astype(jnp.bfloat16),
         TEXT.astype(jnp.bfloat16),
         PIDS,
-        pair_logits=lambda a, b: a[:, :14] + b[:, :14],
+        pair_logits=lambda a, b: a[..., :14] + b[..., :14],
         identity_logits=lambda x: x[:, :14],
         mismatch=jnp.array(13),
     )

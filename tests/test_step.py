@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from itself_jax import config as config_lib
-from itself_jax import sharding, step
+from itself_jax import step
 from itself_jax.models import itself
 
 MODEL = config_lib.Model(
@@ -444,50 +444,3 @@ def test_precision_follows_the_backend_unless_it_is_said():
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         assert step.compute_dtype(None) == jnp.bfloat16
         assert step.compute_dtype("float32") == jnp.float32
-
-
-# --- devices ---------------------------------------------------------------------------------
-
-
-def test_eight_devices_give_the_loss_of_one(start, loss_of):
-    mesh = sharding.make_mesh(config_lib.Mesh(), 8)
-    assert dict(mesh.shape) == {"data": 8, "model": 1}
-    one, loss = evaluate(loss_of, start, batch())
-    images = np.asarray(
-        step.prepare_images(jnp.asarray(batch().images), jnp.asarray(batch().erase))
-    )
-    rows = sharding.shard_batch(mesh, (images, batch().captions, batch().pids))
-    assert all(len(x.sharding.device_set) == 8 for x in rows)
-    assert rows[0].addressable_shards[0].data.shape == (1, 32, 16, 3)
-    state = jax.device_put((start.params, start.batch_stats), sharding.replicated(mesh))
-    k = jax.device_put(k_of(5, 6), sharding.replicated(mesh))
-    eight, sharded = loss_of(*state, *rows, k)
-    golden_model.assert_close(sharded.total, loss.total, 2e-6)
-    for a, b in zip(
-        jax.tree.leaves(sharded.batch_stats), jax.tree.leaves(loss.batch_stats), strict=True
-    ):
-        golden_model.assert_close(a, b, 2e-6)
-    # Gradients relative to the largest of all: some true zeros are among them.
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(one))
-    for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(one), strict=True):
-        assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 1e-5 * largest
-
-
-def test_scalars_of_a_batch_go_to_every_device():
-    mesh = sharding.make_mesh(config_lib.Mesh(data=4), 8)
-    placed = sharding.shard_batch(mesh, batch())
-    assert placed.epoch.sharding.is_fully_replicated
-    assert placed.images.sharding.spec == jax.sharding.PartitionSpec("data")
-    assert len(placed.images.sharding.device_set) == 4
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    message = "config.batch_size=12 is not divisible by the 8 devices"
-    with pytest.raises(config_lib.ConfigError, match=message):
-        sharding.make_mesh(config_lib.Mesh(), 12)
-
-
-def test_more_devices_than_there_are_is_refused():
-    message = "config.mesh.data=16 x config.mesh.model=1 needs 16 devices, 8 are there"
-    with pytest.raises(config_lib.ConfigError, match=message):
-        sharding.make_mesh(config_lib.Mesh(data=16), 16)

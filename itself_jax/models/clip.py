@@ -105,6 +105,7 @@ class ImageEncoder(nn.Module):
     embed_dim: int
     activation: str
     dtype: jnp.dtype
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -135,7 +136,7 @@ class ImageEncoder(nn.Module):
         x = jnp.concatenate([cls, x.reshape(b, n - 1, d)], axis=1) + positions[None].astype(x.dtype)
         x = transformer.layer_norm("ln_pre")(x).astype(self.dtype)
         out = transformer.Transformer(
-            self.depth, self.heads, self.activation, self.dtype, name="transformer"
+            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
         )(x, map_layers=map_layers)
         projection = self.param("projection", init, (d, self.embed_dim))
         tokens = _project(transformer.layer_norm("ln_post")(out.tokens), projection, self.dtype)
@@ -153,6 +154,7 @@ class TextEncoder(nn.Module):
     embed_dim: int
     activation: str
     dtype: jnp.dtype
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b t"], *, map_layers: Collection[int] = ()) -> TowerOutput:
@@ -171,7 +173,7 @@ class TextEncoder(nn.Module):
         x = x + positions[None].astype(x.dtype)
         causal = jnp.tril(jnp.ones((t, t), bool))
         out = transformer.Transformer(
-            self.depth, self.heads, self.activation, self.dtype, name="transformer"
+            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
         )(x, causal, map_layers=map_layers)
         init = nn.initializers.normal(self.width**-0.5)
         projection = self.param("projection", init, (self.width, self.embed_dim))

@@ -24,6 +24,14 @@ class Encoded(NamedTuple):
     bank: saliency.Bank | None
 
 
+class Selected(NamedTuple):
+    """What is left of a tower's tokens: the global embedding and the rows of the bank."""
+
+    global_: Float[Array, "b e"]
+    rows: Float[Array, "b k e"] | None
+    bank: saliency.Bank | None
+
+
 class BankLimits(NamedTuple):
     """Rows of the image and of the text bank: the k of a step, or the padded K_max."""
 
@@ -56,8 +64,8 @@ class IdentityHeads(nn.Module):
         self.identity_classifier = nn.Dense(self.classes, **classifier)
 
     def pair_logits(
-        self, first: Float[Array, "p d"], second: Float[Array, "p d"]
-    ) -> Float[Array, "p c"]:
+        self, first: Float[Array, "*p d"], second: Float[Array, "*p d"]
+    ) -> Float[Array, "*p c"]:
         """CID: the classes of the concatenated pairs [first; second]."""
         hidden = self.pair_norm(self.pair_mlp(jnp.concatenate([first, second], axis=-1)))
         return self.pair_classifier(nn.gelu(hidden, approximate=False))
@@ -82,6 +90,7 @@ class ITSELF(nn.Module):
     local: config_lib.Local
     num_identities: int
     dtype: jnp.dtype = jnp.dtype("float32")
+    remat: str = "none"
 
     def setup(self) -> None:
         model = self.model
@@ -96,6 +105,7 @@ class ITSELF(nn.Module):
             embed_dim=model.embed_dim,
             activation=activation,
             dtype=self.dtype,
+            remat=self.remat,
         )
         self.text_encoder = clip.TextEncoder(
             vocab_size=model.vocab_size,
@@ -106,41 +116,62 @@ class ITSELF(nn.Module):
             embed_dim=model.embed_dim,
             activation=activation,
             dtype=self.dtype,
+            remat=self.remat,
         )
         classes = self.num_identities + 1
         self.global_heads = IdentityHeads(classes, model.embed_dim)
         if self.local.enabled:
-            self.image_grab = grab.GRAB(self.local.dim, True, self.dtype)
-            self.text_grab = grab.GRAB(self.local.dim, False, self.dtype)
+            self.image_grab = grab_head(self.local, self.dtype, image=True)
+            self.text_grab = grab_head(self.local, self.dtype, image=False)
             self.local_heads = IdentityHeads(classes, self.local.dim)
 
     def encode_image(
         self, images: Float[Array, "b y x 3"], k: Int[Array, ""] | None = None
     ) -> Encoded:
         """Normalised pictures → embedding. With `k` (traced, ≤ `bank_limits`) in training mode."""
-        train = k is not None
-        source = self._source(self.model.vision_depth, train)
-        out = self.image_encoder(images, map_layers=source.layers if source else ())
-        if source is None:
-            return Encoded(Embedding(out.pooled, None), None)
-        k_max = bank_limits(self.model, self.local, train).image
-        scores = saliency.saliency(out.attention, source, out.pool_index)
-        bank = saliency.image_bank(scores, k if train else k_max, k_max=k_max)
-        local = self.image_grab(out.tokens, bank, train=train)
-        return Encoded(Embedding(out.pooled, local), bank)
+        return self._embed(self.select_image(images, k), "image", train=k is not None)
 
     def encode_text(self, ids: Int[Array, "b t"], k: Int[Array, ""] | None = None) -> Encoded:
         """Token ids → embedding. With `k` (traced, ≤ `bank_limits`) in training mode."""
-        train = k is not None
-        source = self._source(self.model.text_depth, train)
+        return self._embed(self.select_text(ids, k), "text", train=k is not None)
+
+    def select_image(
+        self,
+        images: Float[Array, "b y x 3"],
+        k: Int[Array, ""] | None = None,
+        bank: saliency.Bank | None = None,
+    ) -> Selected:
+        """Normalised pictures → global embedding and bank; a `bank` that is known is kept."""
+        source = self._source("image", k, bank)
+        out = self.image_encoder(images, map_layers=source.layers if source else ())
+        if source is not None:
+            k_max = bank_limits(self.model, self.local, k is not None).image
+            scores = saliency.saliency(out.attention, source, out.pool_index)
+            bank = saliency.image_bank(scores, k_max if k is None else k, k_max=k_max)
+        return _select(out, bank)
+
+    def select_text(
+        self,
+        ids: Int[Array, "b t"],
+        k: Int[Array, ""] | None = None,
+        bank: saliency.Bank | None = None,
+    ) -> Selected:
+        """Token ids → global embedding and bank; a `bank` that is known is kept."""
+        source = self._source("text", k, bank)
         out = self.text_encoder(ids, map_layers=source.layers if source else ())
-        if source is None:
-            return Encoded(Embedding(out.pooled, None), None)
-        k_max = bank_limits(self.model, self.local, train).text
-        scores = saliency.saliency(out.attention, source, out.pool_index)
-        bank = saliency.text_bank(scores, ids, out.pool_index, k if train else k_max, k_max=k_max)
-        local = self.text_grab(out.tokens, bank, train=train)
-        return Encoded(Embedding(out.pooled, local), bank)
+        if source is not None:
+            k_max = bank_limits(self.model, self.local, k is not None).text
+            scores = saliency.saliency(out.attention, source, out.pool_index)
+            k = k_max if k is None else k
+            bank = saliency.text_bank(scores, ids, out.pool_index, k, k_max=k_max)
+        return _select(out, bank)
+
+    def _embed(self, selected: Selected, side: str, *, train: bool) -> Encoded:
+        local = None
+        if selected.bank is not None:
+            head = self.image_grab if side == "image" else self.text_grab
+            local = head(selected.rows, selected.bank, train=train)
+        return Encoded(Embedding(selected.global_, local), selected.bank)
 
     def __call__(self, images: Float[Array, "b y x 3"], ids: Int[Array, "b t"]) -> None:
         """Creates every parameter: `init` runs this."""
@@ -153,15 +184,29 @@ class ITSELF(nn.Module):
             if encoded.embedding.local is not None:
                 self.local_heads(encoded.embedding.local)
 
-    def _source(self, depth: int, train: bool) -> saliency.Source | None:
-        if not self.local.enabled:
+    def _source(
+        self, side: str, k: Int[Array, ""] | None, bank: saliency.Bank | None
+    ) -> saliency.Source | None:
+        """Where the bank comes from; None: there is no local branch, or it is known."""
+        if not self.local.enabled or bank is not None:
             return None
+        local, model = self.local, self.model
         return saliency.parse_source(
-            self.local.saliency if train else self.local.inference_saliency,
-            depth,
-            mars_layers=self.local.mars_layers,
-            discard=self.local.mars_discard,
+            local.inference_saliency if k is None else local.saliency,
+            model.vision_depth if side == "image" else model.text_depth,
+            mars_layers=local.mars_layers,
+            discard=local.mars_discard,
         )
+
+
+def _select(out: clip.TowerOutput, bank: saliency.Bank | None) -> Selected:
+    rows = None if bank is None else saliency.take(out.tokens, bank.indices)
+    return Selected(out.pooled, rows, bank)
+
+
+def grab_head(local: config_lib.Local, dtype: jnp.dtype, *, image: bool) -> grab.GRAB:
+    """GRAB of one side, also for use outside of the model."""
+    return grab.GRAB(local.dim, image, dtype)
 
 
 def candidates(model: config_lib.Model) -> BankLimits:

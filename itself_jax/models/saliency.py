@@ -36,6 +36,11 @@ class Bank(NamedTuple):
     valid: Bool[Array, "b k"]
 
 
+def take(tokens: Float[Array, "b n e"], indices: Int[Array, "b k"]) -> Float[Array, "b k e"]:
+    """The tokens of a bank."""
+    return jnp.take_along_axis(tokens, indices[:, :, None], axis=1)
+
+
 def parse_source(
     name: str, depth: int, *, mars_layers: tuple[int, ...] | None = None, discard: float = 0.25
 ) -> Source:

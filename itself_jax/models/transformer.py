@@ -9,9 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from itself_jax import sharding
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
+
+# What a layer keeps for the backward pass: everything; its input; what its linear layers return.
+REMAT = {
+    "none": None,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 
@@ -42,12 +51,19 @@ def layer_norm(name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
+def dense_layer(
+    features: int, dtype: jnp.dtype, name: str | None = None, **init: nn.initializers.Initializer
+) -> nn.Dense:
+    """A linear layer whose precision follows the compute type."""
+    return nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), name=name, **init)
+
+
 def dense(features: int, dtype: jnp.dtype, name: str, **init: nn.initializers.Initializer):
     """A linear layer over the last axis, computed on (rows, features) whatever the leading axes.
 
     The gradient of a three-axis product takes XLA's CPU compiler 1.6 times as long.
     """
-    layer = nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), name=name, **init)
+    layer = dense_layer(features, dtype, name, **init)
 
     def apply(x: Float[Array, "*lead d"]) -> Float[Array, "*lead f"]:
         return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
@@ -55,29 +71,52 @@ def dense(features: int, dtype: jnp.dtype, name: str, **init: nn.initializers.In
     return apply
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention that can also return its head-averaged probabilities.
+class InProjection(nn.Module):
+    """Query, key and value of every head. Parameters lie side by side, CLIP's own layout."""
 
-    `in_proj` holds query, key and value side by side, CLIP's own layout.
-    """
+    heads: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> tuple[Float[Array, "b h n e"], ...]:
+        b, n, d = x.shape
+        kernel = self.param("kernel", self.kernel_init, (d, 3 * d)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (3 * d,)).astype(self.dtype)
+        parts = (3, self.heads, d // self.heads)
+        # Where heads are spread over devices, a device's columns must hold whole heads.
+        spread = sharding.shards("heads") > 1
+        if spread:
+            kernel = kernel.reshape(d, *parts).swapaxes(1, 2).reshape(d, 3 * d)
+            bias = bias.reshape(*parts).swapaxes(0, 1).reshape(3 * d)
+        flat = jnp.dot(x.reshape(-1, d), kernel, precision=matmul_precision(self.dtype))
+        flat = flat + bias[None]
+        if spread:
+            projected = flat.reshape(b, n, parts[1], 3, parts[2])
+            projected = sharding.constrain(projected, "batch", None, "heads", None, None)
+            projected = projected.swapaxes(2, 3)
+        else:
+            projected = flat.reshape(b, n, *parts)
+        return tuple(projected[:, :, i].swapaxes(1, 2) for i in range(3))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that can also return its head-averaged probabilities."""
 
     heads: int
     width_std: float
     output_std: float
+    keep_map: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None, *, keep_map: bool
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
         b, n, d = x.shape
         precision = matmul_precision(self.dtype)
         init = nn.initializers.normal(self.width_std)
-        projected = dense(3 * d, self.dtype, "in_proj", kernel_init=init)(x)
-        q, k, v = (
-            part.reshape(b, n, self.heads, d // self.heads).swapaxes(1, 2)
-            for part in jnp.split(projected, 3, axis=-1)
-        )
+        q, k, v = InProjection(self.heads, self.dtype, init, name="in_proj")(x)
         scale = (d // self.heads) ** -0.5
         logits = jnp.einsum(
             "bhqd,bhkd->bhqk",
@@ -90,11 +129,12 @@ class Attention(nn.Module):
             logits = jnp.where(mask[None, None], logits, -jnp.inf)
         probabilities = jax.nn.softmax(logits, axis=-1)  # float32, whatever the compute type
         # No gradient flows through the maps: they only choose tokens (paper, section 3.2).
-        attention = jax.lax.stop_gradient(probabilities).mean(axis=1) if keep_map else None
+        attention = jax.lax.stop_gradient(probabilities).mean(axis=1) if self.keep_map else None
         out = jnp.einsum(
             "bhqk,bhkd->bhqd", probabilities.astype(self.dtype), v, precision=precision
         )
-        out = out.swapaxes(1, 2).reshape(b, n, d)
+        out = sharding.constrain(out.swapaxes(1, 2), "batch", None, "heads", None)
+        out = out.reshape(b, n, d)
         init = nn.initializers.normal(self.output_std)
         out = dense(d, self.dtype, "out_proj", kernel_init=init)(out)
         return out, attention
@@ -106,38 +146,42 @@ class Block(nn.Module):
     heads: int
     depth: int  # of the whole transformer: CLIP's initialisation shrinks with it
     activation: str
+    keep_map: bool
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None, *, keep_map: bool
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
         d = x.shape[-1]
         width_std = d**-0.5
         output_std = width_std * (2 * self.depth) ** -0.5
         attended, attention = Attention(
-            self.heads, width_std, output_std, self.dtype, name="attention"
-        )(layer_norm("ln_1")(x).astype(self.dtype), mask, keep_map=keep_map)
+            self.heads, width_std, output_std, self.keep_map, self.dtype, name="attention"
+        )(layer_norm("ln_1")(x).astype(self.dtype), mask)
         x = x + attended
         init = nn.initializers.normal((2 * d) ** -0.5)
         h = layer_norm("ln_2")(x).astype(self.dtype)
         h = dense(4 * d, self.dtype, "mlp_in", kernel_init=init)(h)
+        h = sharding.constrain(h, "batch", None, "hidden")
         h = ACTIVATIONS[self.activation](h)
         init = nn.initializers.normal(output_std)
         h = dense(d, self.dtype, "mlp_out", kernel_init=init)(h)
-        return x + h, attention
+        return sharding.constrain(x + h, "batch", None, "width"), attention
 
 
 class Transformer(nn.Module):
     """A stack of blocks. `mask` says which keys (columns) each query (row) may attend to.
 
     A plain Python loop rather than `nn.scan`: only the maps in `map_layers` are ever kept.
+    `remat` is a key of `REMAT`.
     """
 
     depth: int
     heads: int
     activation: str
     dtype: jnp.dtype
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -148,11 +192,19 @@ class Transformer(nn.Module):
         map_layers: Collection[int] = (),
     ) -> TransformerOutput:
         maps = {}
+        make = Block
+        if self.remat != "none":
+            make = nn.remat(Block, policy=REMAT[self.remat])
         for layer in range(self.depth):
-            block = Block(
-                self.heads, self.depth, self.activation, self.dtype, name=f"layer_{layer}"
+            block = make(
+                self.heads,
+                self.depth,
+                self.activation,
+                layer in map_layers,
+                self.dtype,
+                name=f"layer_{layer}",
             )
-            x, attention = block(x, mask, keep_map=layer in map_layers)
+            x, attention = block(x, mask)
             if attention is not None:
                 maps[layer] = attention
         return TransformerOutput(x, maps)

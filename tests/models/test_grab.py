@@ -17,6 +17,14 @@ def bank(indices, kept, valid=None) -> saliency.Bank:
     return saliency.Bank(indices, kept, valid)
 
 
+def apply(module, variables, tokens, bank, **kwargs):
+    return module.apply(variables, saliency.take(tokens, bank.indices), bank, **kwargs)
+
+
+def init(module, tokens, bank):
+    return module.init(jax.random.key(0), saliency.take(tokens, bank.indices), bank, train=True)
+
+
 @pytest.fixture(scope="module")
 def head():
     """A small head with random weights, applied jitted: (tokens, bank) → (embedding, stats)."""
@@ -24,18 +32,16 @@ def head():
     tokens = jax.random.normal(jax.random.key(1), (3, 6, 4))
     indices = jnp.array([[1, 2, 3], [2, 3, 4], [5, 1, 2]])
     example = bank(indices, [True] * 3)
-    variables = jax.jit(lambda t, b: module.init(jax.random.key(0), t, b, train=True))(
-        tokens, example
-    )
+    variables = jax.jit(lambda t, b: init(module, t, b))(tokens, example)
 
     @jax.jit
     def train(tokens, bank):
-        out, updated = module.apply(variables, tokens, bank, train=True, mutable=["batch_stats"])
+        out, updated = apply(module, variables, tokens, bank, train=True, mutable=["batch_stats"])
         return out, updated["batch_stats"]
 
     @jax.jit
     def infer(tokens, bank):
-        return module.apply(variables, tokens, bank, train=False)
+        return apply(module, variables, tokens, bank, train=False)
 
     return train, infer, variables, tokens, indices
 
@@ -89,15 +95,13 @@ def test_the_norm_of_a_tiny_token_has_1e_minus_8_added():
     module = grab.GRAB(2, False, FLOAT32)
     tokens = jnp.array([[[1e-8, 0.0], [0.0, 0.0]]])
     chosen = bank([[0]], [True])
-    variables = jax.jit(lambda t, b: module.init(jax.random.key(0), t, b, train=True))(
-        tokens, chosen
-    )
+    variables = jax.jit(lambda t, b: init(module, t, b))(tokens, chosen)
     zero = jax.tree.map(jnp.zeros_like, variables)
     params = zero["params"] | {"skip": {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}}
     state = {"params": params, "batch_stats": variables["batch_stats"]}
-    out = module.apply(state, tokens, chosen, train=False)
+    out = apply(module, state, tokens, chosen, train=False)
     np.testing.assert_allclose(out, [[0.5, 0.0]], rtol=1e-5)
-    nothing = module.apply(state, tokens, bank([[1]], [True]), train=False)
+    nothing = apply(module, state, tokens, bank([[1]], [True]), train=False)
     np.testing.assert_array_equal(nothing, [[0.0, 0.0]])
 
 
@@ -139,8 +143,6 @@ def test_only_the_image_side_owns_the_unused_skip(head):
     assert {"unused_skip_kernel", "unused_skip_bias"} <= set(variables["params"])
     module = grab.GRAB(8, False, FLOAT32)
     tokens, chosen = jnp.zeros((2, 6, 4)), bank([[1], [2]], [True])
-    shapes = jax.eval_shape(
-        lambda t, b: module.init(jax.random.key(0), t, b, train=True), tokens, chosen
-    )
+    shapes = jax.eval_shape(lambda t, b: init(module, t, b), tokens, chosen)
     assert not {"unused_skip_kernel", "unused_skip_bias"} & set(shapes["params"])
     assert {"unused_norm_scale", "unused_norm_bias"} <= set(shapes["params"])
