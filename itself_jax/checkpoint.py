@@ -27,6 +27,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from itself_jax import hosts
+
 _FORMAT = 1
 _KEEP_LATEST = 2
 # Orbax identifies a checkpoint by one integer; ours is step * _REVISIONS + revision.
@@ -62,10 +64,17 @@ class Checkpoints:
     with 0 and has lost it. Used as a context manager the object closes itself.
     """
 
-    def __init__(self, folder: pathlib.Path, *, log: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        log: Callable[[str], None] = print,
+        ours: hosts.Hosts | None = None,
+    ):
         # Orbax accepts a relative folder, returns True from save() and fails afterwards.
         self.folder = pathlib.Path(folder).absolute()
         self._log = log
+        self._ours = ours or hosts.Hosts()
         self._policy = _LatestAndBest(self.folder)
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
@@ -83,7 +92,7 @@ class Checkpoints:
         A step may be saved again, for instance first before and then after its validation: the new
         checkpoint replaces the old one, which is removed only after the new one is complete.
 
-        Checksums cover what this process can see: an array that is spread over several processes
+        Checksums cover what every process has whole: an array that is spread over several of them
         is saved without one.
 
         Raises:
@@ -98,10 +107,13 @@ class Checkpoints:
         try:
             if self._manager is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_unfinished()
+                if self._ours.leads:
+                    self._remove_unfinished()
+                self._ours.barrier("checkpoints")
                 self._manager = self._open_manager()
             revisions = [known.revision for known in self._slots() if known.step == step]
-            slot = _Slot(step, max(revisions, default=-1) + 1)
+            # What one process sees: another one may look while it renames.
+            slot = _Slot(step, self._ours.from_first(max(revisions, default=-1) + 1))
             self._policy.expect(slot, _score(document))
             items = ocp.args.Composite(
                 state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(document)
@@ -215,7 +227,7 @@ class Checkpoints:
                 manager.close()
             except Exception as closing:
                 logging.getLogger(__name__).debug("closing after a failed save: %r", closing)
-        if jax.process_index() == 0:
+        if self._ours.leads:
             self._remove_unfinished()
         return CheckpointError(
             f"step {self._saving} could not be saved in {self.folder}: {_reason(error)}; earlier "
@@ -244,7 +256,7 @@ class Checkpoints:
         for slot in order:
             path = self.folder / slot.name
             try:
-                document, state = read(path)
+                document, state = self._read_together(lambda path=path: read(path))
             except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
                 raise  # Another model, or too little memory: no fault of the files.
             except Exception as error:
@@ -266,8 +278,19 @@ class Checkpoints:
             )
         return None, damaged
 
+    def _read_together(self, read: Callable[[], Any]) -> Any:
+        """What was read if every process could read it; else an error in all of them."""
+        error, result = None, None
+        try:
+            result = read()
+        except Exception as own:
+            error = own
+        if self._ours.all_true(error is None):
+            return result
+        raise error or ValueError("another process cannot read it")
+
     def _move_aside(self, damaged: Iterable["_Slot"]) -> None:
-        if jax.process_index() != 0:
+        if not self._ours.leads:
             return
         for slot in damaged:
             target, attempt = self.folder / f"damaged-{slot.name}", 1
@@ -511,7 +534,9 @@ def _checksums(leaves: dict[str, Any]) -> list[int | None]:
 
 def _checksum(leaf: Any) -> int | None:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return None
+        if not leaf.is_fully_replicated:
+            return None
+        leaf = leaf.addressable_data(0)
     # As bytes, because bfloat16 has no buffer interface of its own.
     values = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
     return zlib.crc32(values.view(np.uint8))

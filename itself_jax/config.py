@@ -105,6 +105,17 @@ class Mesh:
 
 
 @dataclasses.dataclass(frozen=True)
+class Distributed:
+    """Several processes that train as one; None: from the environment, see `hosts.Hosts.start`."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
+    detect: bool = False  # let jax ask the cluster, e.g. on the workers of a TPU pod
+    timeout_s: int = 300  # how long to wait for each other at the start
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     protocol: str = "val"  # or "paper": epoch and fusion weight chosen on the test split
     alpha: float | None = None  # None: chosen on validation
@@ -135,6 +146,7 @@ class Config:
     optim: Optim = Optim()
     augment: Augment = Augment()
     mesh: Mesh = Mesh()
+    distributed: Distributed = Distributed()
     eval: Eval = Eval()
     synthetic: Synthetic = Synthetic()
     sharding: str = "replicated"  # parameters and Adam's moments; or "fsdp": spread over devices
@@ -158,6 +170,7 @@ class Config:
 UNCHANGEABLE = ("eval.protocol", "eval.captions")
 CHANGEABLE = (
     "mesh.",
+    "distributed.",
     "sharding",
     "remat",
     "log_every",
@@ -396,7 +409,7 @@ def _validate(config: Config) -> None:
         *("local.dim", "loss.temperature", "optim.learning_rate", "optim.local_learning_rate"),
         *("optim.eps", "batch_size", "num_instances", "num_epochs", "log_every"),
         *("eval.batch_size", "eval.chunk_mb", "synthetic.images_per_identity"),
-        *("micro_batches", "mesh.model"),
+        *("micro_batches", "mesh.model", "distributed.timeout_s"),
     ):
         value = flat[key]
         check(key, value, value > 0 and math.isfinite(value), "must be positive")

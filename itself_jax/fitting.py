@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from itself_jax import config as config_lib
-from itself_jax import dialects, weights
+from itself_jax import dialects, sharding, weights
 from itself_jax.models import clip
 
 Log = Callable[[str], None]
@@ -130,7 +130,7 @@ def fit(
         if name in started:
             result[name] = fresh_leaves[name]
         else:
-            result[name] = jax.device_put(weights.read(found, name, given[name]), leaf.sharding)
+            result[name] = sharding.put(weights.read(found, name, given[name]), leaf.sharding)
     paths, tree = jax.tree_util.tree_flatten_with_path(dict(template))
     return jax.tree.unflatten(tree, [result[weights.name_of(path)] for path, _ in paths])
 

@@ -4,6 +4,8 @@ What a signal does depends on what it meets. Plain Python, such as the drawing o
 an exception. Imports and compilers, which an exception may crash, are left on the spot. Training
 and evaluation see a flag where stopping is safe. And a call that does not return to Python, which
 runs no signal handler, is abandoned by a watchdog thread that the C-level handler wakes.
+
+Where several processes train as one, stopping alone would leave the others waiting: see `follow`.
 """
 
 import contextlib
@@ -12,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 EXIT_CODE = 75  # the same command goes on
 _PATIENCE = 10.0  # seconds from a signal until work that need not be saved is abandoned
@@ -30,6 +32,7 @@ class Interrupts:
         self._exits = False
         self._checks = False
         self._unsaved = False
+        self._stop_asked: Callable[[], bool] | None = None
 
     def install(self) -> None:
         """Takes over both signals of this process; call it once, in the main thread."""
@@ -40,6 +43,14 @@ class Interrupts:
             signal.signal(number, self._handle)
         signal.set_wakeup_fd(writer)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
+
+    def follow(self, stop_asked: Callable[[], bool]) -> None:
+        """From now on all processes stop together.
+
+        stop_asked: asked at every `check`, equally often in every process; True at the same call in
+          all of them when one got SIGTERM. jax has taken that signal over; SIGINT becomes one.
+        """
+        self._stop_asked = stop_asked
 
     def imported(self) -> None:
         """All modules are there; until now a signal ends the process on the spot.
@@ -79,11 +90,21 @@ class Interrupts:
                 self._unsaved = False
 
     def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
+        """Raises Interrupted if a signal has come; in every process at the same call."""
+        if self._stop_asked is not None:
+            self.requested = self._stop_asked()
         if self.requested:
             raise Interrupted
 
+    def check_here(self) -> None:
+        """As `check`, where the other processes may not be: after an error of this one."""
+        if self._stop_asked is None:
+            self.check()
+
     def _handle(self, number: int, frame: object) -> None:
+        if self._stop_asked is not None:
+            signal.raise_signal(signal.SIGTERM)
+            return
         if self._exits:
             os._exit(EXIT_CODE)
         first, self.requested = not self.requested, True
@@ -97,6 +118,8 @@ class Interrupts:
                 break
         # `requested` is left to `_handle`, which has to see that this is the first signal.
         time.sleep(_PATIENCE)
+        if self._stop_asked is not None:
+            return  # the others decide when, and every call that may hang ends with them
         while self._unsaved:
             time.sleep(0.1)
         # The main thread sits in a call that does not return, such as a compilation.

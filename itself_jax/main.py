@@ -1,10 +1,12 @@
 """Trains or evaluates: `python -m itself_jax.main --config=configs/NAME.py --workdir=DIR`.
 
 Flags become a config, then `train.run` or `train.evaluate_only`. Exit codes: 0 done, 1 failed with
-one sentence, 2 flag or config rejected, 75 stopped by a signal after saving.
+one sentence, 2 flag or config rejected, 75 stopped by a signal after saving, or by the loss of
+another process.
 """
 
 import re
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
@@ -60,17 +62,30 @@ def main(argv: Sequence[str]) -> None:
         except OSError as error:  # the file could not be read
             raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
         # Imported late: a signal or a bad flag must not wait for jax.
-        from itself_jax import train
+        from itself_jax import hosts, train
 
         _INTERRUPTS.imported()
-        run = train.run if _MODE.value == "train" else train.evaluate_only
-        run(config, _WORKDIR.value, _INTERRUPTS)
     except config_lib.ConfigError as error:
         command.stop(command.REJECTED, error)
     except Exception as error:
         if _DEBUG.value:
             raise
         command.stop(command.FAILED, error)
+    ours = hosts.Hosts()
+    try:
+        ours.start(config.distributed)
+        if ours.count > 1:
+            _INTERRUPTS.follow(ours.stop_asked)
+        run = train.run if _MODE.value == "train" else train.evaluate_only
+        run(config, _WORKDIR.value, _INTERRUPTS, ours)
+        ours.finish()
+    except config_lib.ConfigError as error:
+        ours.fail(command.REJECTED, error)
+    except Exception as error:
+        ours.explain(error)
+        if _DEBUG.value:
+            traceback.print_exc()
+        ours.fail(command.FAILED, error)
 
 
 def _argument(argv: Sequence[str], name: str) -> str:

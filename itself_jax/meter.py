@@ -18,7 +18,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Meter:
-    """Counts steps, reads their metrics back late, and reports them.
+    """Counts steps, reads their metrics back late, and reports them (on the terminal if `shows`).
 
     Metrics stay on the device until a report is due; then all but the newest step are read, so that
     the device always has one step queued.
@@ -32,12 +32,14 @@ class Meter:
         *,
         start: int,
         total: int,
+        shows: bool = True,
     ) -> None:
         self.step = start
         self._total = total
         self._config = config
         self._workdir = directory
         self._stream = stream
+        self._shows = shows
         self._pending: list[tuple[int, step.StepMetrics]] = []
         self._clock = time.monotonic()
         self._clocked_step = start
@@ -46,7 +48,7 @@ class Meter:
             total=total,
             initial=start,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not (shows and sys.stderr.isatty()),
             dynamic_ncols=True,
         )
 
@@ -91,7 +93,7 @@ class Meter:
         self._workdir.write_metrics(record | {"pairs_per_second": round(self._rate, 2)})
         shown = {"epoch": epoch, "loss": f"{record['loss']:.3f}", "pairs/s": f"{self._rate:.0f}"}
         self._bar.set_postfix(shown, refresh=False)
-        if self._bar.disable:
+        if self._shows and self._bar.disable:
             left = (self._total - number) * self._config.batch_size / self._rate
             epochs = self._config.last_epoch or self._config.num_epochs
             print_line(

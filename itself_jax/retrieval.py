@@ -11,6 +11,7 @@ Letters: `q` queries, `g` gallery, `d` embedding, `m` local embedding, `p` posit
 padded to the most that any query has, `a` fusion weights.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from itself_jax import sharding
 
 # The weights the reference prints, in its order; `global` (1) and `local` (0) come before them.
 FUSION_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.68, 0.32)
@@ -71,6 +74,7 @@ def rank(
     *,
     alphas: Sequence[float] = FUSION_ALPHAS,
     chunk_bytes: int = CHUNK_BYTES,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> list[Row]:
     """Ranks both directions under the global, the local and every fused similarity.
 
@@ -79,6 +83,8 @@ def rank(
             adds a row; 0, 1 and repeated weights add none.
         chunk_bytes: working memory of one block of queries against the whole gallery, on top of
             the embeddings. It sets the number of queries of a block, at least one.
+        mesh: devices that share the queries of a block; each has the whole gallery, and ranks are
+            the same whatever their number. None: one device.
 
     Returns:
         The rows of t2i, then those of i2t: global, local, fused in the order of `alphas`. Without
@@ -98,8 +104,8 @@ def rank(
     texts = (embeddings.text_global, embeddings.text_local)
     images = (embeddings.image_global, embeddings.image_local)
     text_ids, image_ids = embeddings.text_ids, embeddings.image_ids
-    t2i = _rank_side(texts, images, text_ids, image_ids, weights, chunk_bytes)
-    i2t = _rank_side(images, texts, image_ids, text_ids, weights, chunk_bytes)
+    t2i = _rank_side(texts, images, text_ids, image_ids, weights, chunk_bytes, mesh)
+    i2t = _rank_side(images, texts, image_ids, text_ids, weights, chunk_bytes, mesh)
     return [
         Row(direction, similarity_name(alpha), alpha, metrics)
         for direction, side in (("t2i", t2i), ("i2t", i2t))
@@ -125,7 +131,7 @@ def metrics_from_similarity(
 
     def ranks_of(chosen, padded, limit):
         block = jax.device_put(_padded_rows(similarity, chosen, len(padded)))
-        return _positive_ranks(block, padded, limit)[None]
+        return _positive_ranks(block, *jax.device_put((padded, limit)))[None]
 
     return _metrics(ranks_of, query_ids, gallery_ids, chunk_bytes, weights=1, width=0)[0]
 
@@ -212,31 +218,56 @@ def _similarity(left: Float[Array, "q d"], right: Float[Array, "g d"]) -> Float[
     return jnp.einsum("qd,gd->qg", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
+@functools.cache
+def _to(place: jax.sharding.Sharding):
+    return jax.jit(lambda x: x, out_shardings=place)
+
+
 @jax.jit
 def _normalise(x: Float[Array, "n d"]) -> Float[Array, "n d"]:
     # The evaluator's rule, max(norm, 1e-12); the model's own l2norm adds 1e-8 instead.
     return x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def _rank_side(queries, gallery, query_ids, gallery_ids, weights, chunk_bytes) -> list[Metrics]:
+def _rank_side(
+    queries, gallery, query_ids, gallery_ids, weights, chunk_bytes, mesh
+) -> list[Metrics]:
+    whole = rows = None
+    if mesh is not None:
+        whole, rows = sharding.replicated(mesh), sharding.batch(mesh)
     # The complement is taken in double precision: 1 - float32(.9) is not float32(.1).
-    fusion = jax.device_put(np.array([(a, 1.0 - a) for a in weights], np.float32))
-    gallery = jax.tree.map(lambda x: _normalise(jax.device_put(_float32(x))), gallery)
+    fusion = sharding.put(np.array([(a, 1.0 - a) for a in weights], np.float32), whole)
+    gallery = jax.tree.map(lambda x: _normalise(sharding.put(_float32(x), whole)), gallery)
 
     def ranks_of(chosen, padded, limit):
         block = jax.tree.map(
-            lambda x: _normalise(jax.device_put(_padded_rows(x, chosen, len(padded)))), queries
+            lambda x: _normalise(sharding.put(_padded_rows(x, chosen, len(padded)), rows)), queries
         )
-        return fused_ranks(block, gallery, fusion, padded, limit)
+        ranks = fused_ranks(
+            block, gallery, fusion, sharding.put(padded, rows), sharding.put(limit, whole)
+        )
+        # Every host needs all ranks, also those of the devices that it cannot reach.
+        return ranks if whole is None else _to(whole)(ranks)
 
     width = sum(x.shape[1] for x in jax.tree.leaves(queries))
     return _metrics(
-        ranks_of, query_ids, gallery_ids, chunk_bytes, weights=len(weights), width=width
+        ranks_of,
+        query_ids,
+        gallery_ids,
+        chunk_bytes,
+        weights=len(weights),
+        width=width,
+        shares=1 if mesh is None else mesh.shape["data"],
     )
 
 
-def _metrics(ranks_of, query_ids, gallery_ids, chunk_bytes, *, weights, width) -> list[Metrics]:
-    """Runs `ranks_of(queries, positives, limit) -> (weights, rows, p)` over all blocks."""
+def _metrics(
+    ranks_of, query_ids, gallery_ids, chunk_bytes, *, weights, width, shares=1
+) -> list[Metrics]:
+    """Runs `ranks_of(queries, positives, limit) -> (weights, rows, p)` over all blocks.
+
+    A block has a multiple of `shares` rows.
+    """
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     query_ids, gallery_ids = np.asarray(query_ids), np.asarray(gallery_ids)
@@ -263,6 +294,7 @@ def _metrics(ranks_of, query_ids, gallery_ids, chunk_bytes, *, weights, width) -
         width=width,
         chunk_bytes=chunk_bytes,
     )
+    rows = -(-rows // shares) * shares
 
     first = np.zeros((weights, len(query_ids)), np.int64)
     average_precision = np.zeros((weights, len(query_ids)))
@@ -275,8 +307,8 @@ def _metrics(ranks_of, query_ids, gallery_ids, chunk_bytes, *, weights, width) -
         padded[: len(chosen)] = np.where(
             valid, grouped[np.minimum(start[chosen, None] + steps - 1, len(grouped) - 1)], 0
         )
-        limit = np.int32(count[chosen].max())
-        ranks = jax.device_get(ranks_of(chosen, *jax.device_put((padded, limit))))
+        limit = np.array(count[chosen].max(), np.int32)
+        ranks = jax.device_get(ranks_of(chosen, padded, limit))
         for a in range(weights):
             # Padding sorts last, so position j holds the rank of the j-th positive found.
             found = np.sort(np.where(valid, ranks[a, : len(chosen)], _UNRANKED), axis=1)

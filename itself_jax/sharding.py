@@ -152,12 +152,33 @@ def batch(mesh: Mesh) -> NamedSharding:
 def shard_batch(mesh: Mesh, batch_of_rows: Any) -> Any:
     """Moves a tree of this host's arrays to the mesh: scalars to every device, rows over `data`."""
 
+    index, count = host_rows(mesh)
+
     def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(
-            batch(mesh) if np.ndim(x) else replicated(mesh), np.asarray(x)
-        )
+        x = np.asarray(x)
+        if not x.ndim:
+            where, shape, first = replicated(mesh), (), 0
+        else:
+            where, shape, first = batch(mesh), (len(x) * count, *x.shape[1:]), len(x) * index
+        parts = []
+        # One by one: what moves all of them at once is no explicit transfer to the guard.
+        for device, indices in where.addressable_devices_indices_map(shape).items():
+            if indices:
+                start, stop, _ = indices[0].indices(shape[0])
+                parts.append(jax.device_put(x[start - first : stop - first], device))
+            else:
+                parts.append(jax.device_put(x, device))
+        return jax.make_array_from_single_device_arrays(shape, where, parts)
 
     return jax.tree.map(place, batch_of_rows)
+
+
+def put(values: np.ndarray, where: Any) -> jax.Array:
+    """Moves an array that every host has to its place, which may reach over all of them."""
+    values = np.asarray(values)
+    if where is None or where.is_fully_addressable:
+        return jax.device_put(values, where)
+    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
 
 
 def host_rows(mesh: Mesh) -> tuple[int, int]:

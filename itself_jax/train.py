@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from itself_jax import (
     checkpoint,
     evaluate,
     fitting,
+    hosts,
     interrupt,
     retrieval,
     sharding,
@@ -27,6 +29,7 @@ from itself_jax.data import batch as batch_lib
 from itself_jax.data import datasets, pipeline, records, synthetic, tokenizer
 
 Log = Callable[[str], None]
+ALONE = hosts.Hosts()
 
 
 class Progress(NamedTuple):
@@ -51,24 +54,44 @@ class Run(NamedTuple):
     tokenizer: tokenizer.Tokenizer
     encoders: tuple[Callable[..., Any], Callable[..., Any]]
     interrupts: interrupt.Interrupts
+    ours: hosts.Hosts
     log: Log
 
 
 def run(
-    config: config_lib.Config, path: str | os.PathLike, interrupts: interrupt.Interrupts
+    config: config_lib.Config,
+    path: str | os.PathLike,
+    interrupts: interrupt.Interrupts,
+    ours: hosts.Hosts = ALONE,
 ) -> None:
     """Trains `config` in directory `path`, or goes on where an earlier call stopped.
 
     Order of the loop: validate → save (state + data position) → next batch → step → log the
     previous step's metrics.
 
+    Every process of a run does the same; process 0 writes what is not a checkpoint.
+
     Raises:
-      ConfigError, DataError, WorkdirError, CheckpointError, NonFiniteLossError: one sentence each.
+      ConfigError, DataError, WorkdirError, CheckpointError, NonFiniteLossError, HostsError: one
+        sentence each.
       Interrupted: a signal came; everything is saved.
     """
+    log = meter_lib.print_line if ours.leads else lambda line: None
+    directory = workdir.Workdir(path, writes=ours.leads)
+    try:
+        _run(config, directory, interrupts, ours, log)
+    finally:
+        directory.release()
+
+
+def _run(
+    config: config_lib.Config,
+    directory: workdir.Workdir,
+    interrupts: interrupt.Interrupts,
+    ours: hosts.Hosts,
+    log: Log,
+) -> None:
     started = time.monotonic()
-    log = meter_lib.print_line
-    directory = workdir.Workdir(path)
     config, pretrained = start_from(config, directory, log)
     mesh = sharding.make_mesh(config)
     compute_dtype = step.compute_dtype(config.precision).name
@@ -81,6 +104,7 @@ def run(
     validation_split = read_split(config, config.dataset, validation_name(config), log)
     # Read now, used at the end: hours of training must not end at a misspelt folder.
     test_splits = read_test_splits(config, log)
+    ours.agree(facts(config, [train_split, validation_split, *test_splits]))
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     stream = pipeline.TrainStream(
         train_split,
@@ -94,6 +118,7 @@ def run(
         augment_caption=config.augment.text,
         augment_pad=config.augment.pad,
         num_workers=config.num_workers,
+        shard=sharding.host_rows(mesh),
     )
     # Everything is compiled before the first step, so that no later signal meets a compiler.
     with interrupts.compilation():
@@ -108,17 +133,29 @@ def run(
         ends = np.cumsum(stream.steps_per_epoch)  # the last step of each epoch
         last_step = int(ends[(config.last_epoch or config.num_epochs) - 1])
         log(describe(config, train_split, last_step, template, mesh))
+        if mesh.size > 1:
+            for line in sharding.describe(
+                sharding.place(mesh, template, config.sharding), template
+            ):
+                log(line)
         encoders = step.compile_encoders(training, encoder_variables(template), mesh)
         train_step = step.compile_step(training, template, mesh)
-    this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
+    this = Run(config, directory, mesh, training, words, encoders, interrupts, ours, log)
 
-    with checkpoint.Checkpoints(directory.checkpoints, log=log) as checkpoints:
+    with checkpoint.Checkpoints(directory.checkpoints, log=log, ours=ours) as checkpoints:
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template, pretrained)
         # Last of all that may fail at the start: until then another configuration may try again.
         directory.describe(config, compute_dtype)
         saved = (int(state.step), progress.validated)
-        meter = meter_lib.Meter(config, directory, stream, start=int(state.step), total=last_step)
+        meter = meter_lib.Meter(
+            config,
+            directory,
+            stream,
+            start=int(state.step),
+            total=last_step,
+            shows=ours.leads,
+        )
 
         def save() -> None:
             nonlocal saved
@@ -129,6 +166,7 @@ def run(
                 checkpoints.save(meter.step, state, meta._asdict())
                 saved = (meter.step, progress.validated)
 
+        ours.barrier("ready to train")
         with interrupts.unsaved_work():
             batches = stream.batches(meter.step)
             try:
@@ -168,6 +206,7 @@ def run(
                 batches.close()
             checkpoints.wait()
 
+    ours.barrier("saved")  # the best checkpoint may be the last one, which process 0 completes
     best = weights.of_run(directory.path, log)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
@@ -179,7 +218,10 @@ def run(
 
 
 def evaluate_only(
-    config: config_lib.Config, path: str | os.PathLike, interrupts: interrupt.Interrupts
+    config: config_lib.Config,
+    path: str | os.PathLike,
+    interrupts: interrupt.Interrupts,
+    ours: hosts.Hosts = ALONE,
 ) -> None:
     """`--mode=eval`: tests the best checkpoint of `path`, or the weights of `config.init_from`.
 
@@ -192,8 +234,8 @@ def evaluate_only(
         sentence each.
       Interrupted: a signal came.
     """
-    log = meter_lib.print_line
-    directory = workdir.Workdir(path)
+    log = meter_lib.print_line if ours.leads else lambda line: None
+    directory = workdir.Workdir(path, writes=ours.leads)
     if config.init_from is None or started_from(directory, config.init_from):
         best = weights.of_run(directory.path, log)
     else:
@@ -208,6 +250,7 @@ def evaluate_only(
     chooses = alpha is None
     if chooses:
         validation_split = read_split(config, config.dataset, validation_name(config), log)
+    ours.agree(facts(config, [*test_splits, *([validation_split] if chooses else [])]))
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     with interrupts.compilation():
         # Classifiers are not needed, so no data set's identities are.
@@ -215,7 +258,8 @@ def evaluate_only(
         template = encoder_variables(step.state_template(training, mesh))
         variables = fitting.fit(best, template, config.model, log)
         encoders = step.compile_encoders(training, template, mesh)
-    this = Run(config, directory, mesh, training, words, encoders, interrupts, log)
+    this = Run(config, directory, mesh, training, words, encoders, interrupts, ours, log)
+    ours.barrier("ready to evaluate")
     with interrupts.checked_work():
         if chooses:
             alpha = retrieval.choose_alpha(encode_and_rank(this, variables, validation_split, None))
@@ -367,12 +411,27 @@ def restore_or_init(
     return restored.state, progress
 
 
+def facts(config: config_lib.Config, splits: Sequence[records.Split]) -> dict[str, Any]:
+    """What must be the same in every process of a run, by name."""
+    own = ("data_root", "num_workers", "distributed.process_id")
+    settings = config_lib.flatten(config_lib.to_dict(config))
+    found = {f"config.{key}": value for key, value in settings.items() if key not in own}
+    for split in splits:
+        people = zlib.crc32(np.ascontiguousarray(split.caption_ids, np.int64).tobytes())
+        words = zlib.crc32("\n".join(split.captions).encode())
+        found[f"data {split.dataset} {split.split}"] = (
+            f"{len(split.captions)} captions, {len(split.images)} pictures, checksum "
+            f"{words ^ people:08x}"
+        )
+    return found | hosts.code_facts()
+
+
 def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> batch_lib.Batch:
     """The next batch. Ctrl-C also reaches worker processes: their death is then no error."""
     try:
         return next(batches)
     except Exception:
-        interrupts.check()
+        interrupts.check_here()
         raise
 
 
@@ -385,23 +444,31 @@ def encode_and_rank(
     """
     config = this.config
     encode_images, encode_captions = this.encoders
+    rows = sharding.host_rows(this.mesh)
     embeddings = evaluate.encode_corpus(
         lambda pixels: encode_images(variables, pixels),
         lambda ids: encode_captions(variables, ids),
         pipeline.image_batches(
-            split, image_size=config.model.image_size, batch_size=config.eval.batch_size
+            split,
+            image_size=config.model.image_size,
+            batch_size=config.eval.batch_size,
+            shard=rows,
         ),
-        pipeline.caption_batches(split, this.tokenizer, batch_size=config.eval.batch_size),
+        pipeline.caption_batches(
+            split, this.tokenizer, batch_size=config.eval.batch_size, shard=rows
+        ),
         split=split,
         should_stop=this.interrupts.check,
         place=lambda batch: sharding.shard_batch(this.mesh, batch),
     )
-    if config.eval.dump_embeddings:
+    if config.eval.dump_embeddings and this.ours.leads:
         evaluate.dump_embeddings(this.workdir.path, split, embeddings)
     alphas = retrieval.FUSION_ALPHAS
     if alpha is not None:
         alphas = (*alphas, alpha)
-    return retrieval.rank(embeddings, alphas=alphas, chunk_bytes=config.eval.chunk_mb << 20)
+    return retrieval.rank(
+        embeddings, alphas=alphas, chunk_bytes=config.eval.chunk_mb << 20, mesh=this.mesh
+    )
 
 
 def judge(this: Run, progress: Progress, rows: list[retrieval.Row], at: int) -> Progress:
@@ -463,7 +530,8 @@ def test(
             chosen_alpha=alpha,
             extra=extra,
         )
-        evaluate.write_results(this.workdir.path, summary)
+        if this.ours.leads:
+            evaluate.write_results(this.workdir.path, summary)
         this.log(evaluate.format_table(summary))
 
 

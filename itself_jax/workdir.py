@@ -4,11 +4,14 @@ Files are written under a temporary name and renamed, except `metrics.jsonl`, wh
 lines and is cut back to the restored step when a run goes on.
 """
 
+import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import socket
 import subprocess
 from typing import Any
 
@@ -21,6 +24,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _FINISHED = "finished.json"
+_LOCK = ".lock"
 
 
 class WorkdirError(RuntimeError):
@@ -28,25 +32,34 @@ class WorkdirError(RuntimeError):
 
 
 class Workdir:
-    """Opens (or makes) a run's directory.
+    """Opens (or makes) a run's directory. All processes of a run see it; one of them `writes`.
 
     Raises:
       WorkdirError: it cannot be written, holds something else, or another configuration.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
         self.path = pathlib.Path(path).absolute()
         self.checkpoints = self.path / "checkpoints"
+        self._writes = writes
+        self._lock: int | None = None
         self._tensorboard: tensorboardX.SummaryWriter | None = None
 
     def claim(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
         """Makes the directory, or checks that it is ours and that its configuration agrees.
 
-        Writes nothing: a start that fails later leaves it free for another configuration.
+        Also locks it against other runs, until this process ends or `release` is called. Writes
+        nothing else: a start that fails later leaves it free for another configuration.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            entries = [e.name for e in self.path.iterdir() if not e.name.startswith(".tmp-")]
+            if self._writes:
+                self._take_lock()
+            entries = [
+                e.name
+                for e in self.path.iterdir()
+                if not e.name.startswith(".tmp-") and e.name != _LOCK
+            ]
         except OSError as error:
             raise self._unusable(error) from error
         if _CONFIG in entries:
@@ -108,6 +121,8 @@ class Workdir:
           WorkdirError: the disk is full or the directory cannot be written.
         """
         path = self.path / name
+        if not self._writes:
+            return path
         temporary = path.with_name(f".tmp-{name}")
         try:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -123,7 +138,7 @@ class Workdir:
         validated: whether the restored state includes the validation at `step`.
         """
         path = self.path / _METRICS
-        if not path.exists():
+        if not self._writes or not path.exists():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -149,6 +164,8 @@ class Workdir:
         Raises:
           WorkdirError: the disk is full or the directory cannot be written.
         """
+        if not self._writes:
+            return
         try:
             with (self.path / _METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -169,6 +186,37 @@ class Workdir:
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
+
+    def release(self) -> None:
+        """Lets another run have the directory."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
+        path = self.path / _LOCK
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            # The system frees it when this process dies, in whatever way.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
+            os.close(descriptor)
+            raise WorkdirError(
+                f"{self.path} is in use by {holder}: wait for it or stop it, or give another "
+                "--workdir."
+            ) from error
+        except OSError:
+            os.close(descriptor)  # a file system without locks
+            return
+        os.truncate(descriptor, 0)
+        since = datetime.datetime.now().isoformat(" ", "seconds")
+        os.write(
+            descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode()
+        )
+        self._lock = descriptor
 
     def _check_same(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
         saved = self.saved_config()

@@ -361,45 +361,70 @@ class _BatchSource:
 
 
 def image_batches(
-    split: records.Split, *, image_size: tuple[int, int], batch_size: int, num_threads: int = 4
+    split: records.Split,
+    *,
+    image_size: tuple[int, int],
+    batch_size: int,
+    num_threads: int = 4,
+    shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields all images in annotation order as ((batch_size, H, W, 3) uint8, valid rows).
+    """Yields all images in annotation order as ((b, H, W, 3) uint8, valid rows of the batch).
 
     The last batch is filled up with copies of its row 0, so that one compiled shape serves all.
-    Threads decode up to two batches ahead.
+    Threads decode up to two batches ahead. `shard`: (index, count) of this host, which gets (and
+    decodes) rows index * b ... of each batch, with b = batch_size / count; the valid rows are
+    those of the whole batch.
 
     Raises:
       records.DataError: an image cannot be read.
       remote.CopyError: a file of pictures cannot be had from its bucket.
     """
-    total = len(split.images)
+    chosen = list(_rows_of_batches(len(split.images), batch_size, shard))
     with contextlib.closing(
         images.ahead(
             lambda index: split.images.load(index, image_size),
-            range(total),
+            [index for rows, _ in chosen for index in rows],
             depth=2 * batch_size,
             num_threads=num_threads,
         )
     ) as loaded:
-        for start in range(0, total, batch_size):
-            count = min(batch_size, total - start)
-            pixels = np.empty((batch_size, *image_size, 3), np.uint8)
-            for row in range(count):
+        for rows, count in chosen:
+            pixels = np.empty((batch_size // shard[1], *image_size, 3), np.uint8)
+            for row in range(len(rows)):
                 pixels[row] = next(loaded)
-            pixels[count:] = pixels[0]
+            pixels[len(rows) :] = pixels[0]
             yield pixels, count
 
 
-def caption_batches(
-    split: records.Split, tokenizer: tokenizer_lib.Tokenizer, *, batch_size: int
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields all captions in annotation order as ((batch_size, t) int32 ids, valid rows).
+def _rows_of_batches(
+    total: int, batch_size: int, shard: tuple[int, int]
+) -> Iterator[tuple[list[int], int]]:
+    """Of every batch: the elements that this host loads (one at least), and the valid rows."""
+    host, hosts = shard
+    if batch_size % hosts:
+        raise ValueError(f"batch_size={batch_size} must be divisible by the {hosts} hosts")
+    own = batch_size // hosts
+    for start in range(0, total, batch_size):
+        count = min(batch_size, total - start)
+        first = min(host * own, count)
+        # A host whose part of the last batch is padding alone pads with the batch's first row.
+        rows = list(range(start + first, start + min(first + own, count))) or [start]
+        yield rows, count
 
-    The last batch is filled up with copies of its row 0.
+
+def caption_batches(
+    split: records.Split,
+    tokenizer: tokenizer_lib.Tokenizer,
+    *,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields all captions in annotation order as ((b, t) int32 ids, valid rows of the batch).
+
+    The last batch is filled up with copies of its row 0. `shard` as in `image_batches`.
     """
-    for start in range(0, len(split.captions), batch_size):
-        texts = split.captions[start : start + batch_size]
-        ids = np.empty((batch_size, tokenizer.text_length), np.int32)
-        ids[: len(texts)] = tokenizer.encode_batch(texts)
-        ids[len(texts) :] = ids[0]
-        yield ids, len(texts)
+    for rows, count in _rows_of_batches(len(split.captions), batch_size, shard):
+        ids = np.empty((batch_size // shard[1], tokenizer.text_length), np.int32)
+        ids[: len(rows)] = tokenizer.encode_batch([split.captions[row] for row in rows])
+        ids[len(rows) :] = ids[0]
+        yield ids, count
