@@ -38,11 +38,18 @@ def pure_files() -> list[pathlib.Path]:
 
 @pytest.mark.parametrize("path", pure_files(), ids=lambda path: path.stem)
 def test_models_losses_and_metrics_import_jax_and_flax_only(path):
-    ours = ("itself_jax.config", "itself_jax.losses", "itself_jax.models")
+    ours = ("itself_jax.config", "itself_jax.losses", "itself_jax.models", "itself_jax.sharding")
     for name in imports(path):
         allowed = name.startswith(ours) or name.split(".")[0] in PURE
         assert allowed, f"{path.name} imports {name}"
+        # Which mesh there is, is the business of one module.
         assert not name.startswith("jax.sharding"), f"{path.name} imports {name}"
+
+
+def test_sharding_knows_axes_and_settings_only():
+    for name in imports(PACKAGE / "sharding.py"):
+        allowed = name.startswith("itself_jax.config") or name.split(".")[0] in {*PURE, "re"}
+        assert allowed, f"sharding.py imports {name}"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.glob("data/*.py")), ids=lambda path: path.stem)

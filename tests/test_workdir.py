@@ -1,6 +1,7 @@
 """The files of a run: whole lines, cut to the restored step, written by renaming."""
 
 import json
+import os
 import resource
 import signal
 
@@ -27,6 +28,7 @@ def directory(tmp_path):
         if at % 3 == 0:
             directory.write_metrics({"step": at, "epoch": 1, "split": "val", "R1": 1.0})
     directory.close()
+    directory.release()
     return directory
 
 
@@ -68,6 +70,26 @@ def test_a_directory_is_its_own_by_what_the_first_start_wrote(directory):
     assert said == []
     again.claim(CONFIG, "bfloat16", said.append)
     assert said == ["Going on in bfloat16 (was float32), as the device says."]
+
+
+def test_two_runs_on_one_directory_are_refused_and_the_holder_is_named(directory):
+    directory.claim(CONFIG, "float32", print)
+    directory.claim(CONFIG, "float32", print)  # its own again
+    with pytest.raises(workdir.WorkdirError) as error:
+        workdir.Workdir(directory.path).claim(CONFIG, "float32", print)
+    assert f"{directory.path} is in use by process {os.getpid()} on " in str(error.value)
+    directory.release()
+    workdir.Workdir(directory.path).claim(CONFIG, "float32", print)
+
+
+def test_a_process_that_does_not_write_leaves_no_file(tmp_path):
+    silent = workdir.Workdir(tmp_path, writes=False)
+    silent.claim(CONFIG, "float32", print)
+    silent.describe(CONFIG, "float32")
+    silent.write_metrics({"step": 1, "epoch": 1})
+    silent.cut_metrics(0, validated=False)
+    silent.finish({"step": 1})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_start_that_was_killed_before_its_first_file_is_no_obstacle(tmp_path):
