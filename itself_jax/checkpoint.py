@@ -7,6 +7,9 @@ it when everything is on disk, so a killed process never leaves half a checkpoin
 name. What Orbax does not do is notice damage that comes later: a flipped bit restores silently
 wrong, and a lost file raises anything at all. Hence the checksums, and `restore_latest`, which
 falls back to an older step and says so.
+
+In a bucket (`gs://…`) nothing can be renamed: there Orbax marks what is complete by a file, and a
+damaged checkpoint keeps its place; the next save of its step becomes another revision.
 """
 
 import concurrent.futures
@@ -14,9 +17,7 @@ import json
 import logging
 import math
 import os
-import pathlib
 import re
-import shutil
 import sys
 import time
 import zlib
@@ -27,7 +28,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from itself_jax import hosts
+from itself_jax import files, hosts
+from itself_jax.data import remote
 
 _FORMAT = 1
 _KEEP_LATEST = 2
@@ -66,13 +68,13 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: pathlib.Path,
+        folder: files.Path,
         *,
         log: Callable[[str], None] = print,
         ours: hosts.Hosts | None = None,
     ):
         # Orbax accepts a relative folder, returns True from save() and fails afterwards.
-        self.folder = pathlib.Path(folder).absolute()
+        self.folder = files.place(folder)
         self._log = log
         self._ours = ours or hosts.Hosts()
         self._policy = _LatestAndBest(self.folder)
@@ -237,18 +239,28 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Removes what a killed or failed save left behind: as large as a whole checkpoint."""
         for _ in range(10):
-            for path in self.folder.glob(f"*{_UNFINISHED}*"):
-                shutil.rmtree(path, ignore_errors=True)
-            if not any(self.folder.glob(f"*{_UNFINISHED}*")):
+            for path in (left := self._unfinished()):
+                files.remove(path)
+            if not left or not self._unfinished():
                 return
             # After one write has failed, the others of that save go on for a moment.
             time.sleep(0.1)
+
+    def _unfinished(self) -> list[files.Path]:
+        if remote.is_local(self.folder):
+            return list(self.folder.glob(f"*{_UNFINISHED}*"))
+        # A folder without objects is none there.
+        return [
+            path
+            for path in (self.folder.iterdir() if self.folder.is_dir() else ())
+            if _FOLDER_NAME.fullmatch(path.name) and not _is_complete(path)
+        ]
 
     def _slots(self) -> list["_Slot"]:
         return [] if not self.folder.is_dir() else _slots(self.folder)
 
     def _restore(
-        self, order: Sequence["_Slot"], read: Callable[[pathlib.Path], tuple[dict[str, Any], Any]]
+        self, order: Sequence["_Slot"], read: Callable[[files.Path], tuple[dict[str, Any], Any]]
     ) -> tuple[Restored | None, list["_Slot"]]:
         """The first of `order` that is intact, and those before it that are not."""
         damaged: list[_Slot] = []
@@ -290,7 +302,7 @@ class Checkpoints:
         raise error or ValueError("another process cannot read it")
 
     def _move_aside(self, damaged: Iterable["_Slot"]) -> None:
-        if not self._ours.leads:
+        if not self._ours.leads or not remote.is_local(self.folder):
             return
         for slot in damaged:
             target, attempt = self.folder / f"damaged-{slot.name}", 1
@@ -323,10 +335,19 @@ class _Slot(NamedTuple):
         return self.step * _REVISIONS + self.revision
 
 
-def _slots(folder: pathlib.Path) -> list[_Slot]:
+def _slots(folder: files.Path) -> list[_Slot]:
     """All finished checkpoints in `folder`."""
-    matches = [_FOLDER_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir()]
+    matches = [
+        _FOLDER_NAME.fullmatch(path.name)
+        for path in folder.iterdir()
+        if path.is_dir() and _is_complete(path)
+    ]
     return [_Slot(int(m[1]), int(m[2] or 0)) for m in matches if m]
+
+
+def _is_complete(path: files.Path) -> bool:
+    """A final name says so on a disk, a file of Orbax in a bucket."""
+    return remote.is_local(path) or (path / "commit_success.txt").exists()
 
 
 class _Names(ocp.path.step.NameFormat):
@@ -336,12 +357,12 @@ class _Names(ocp.path.step.NameFormat):
         return _Slot(*divmod(step, _REVISIONS)).name
 
     def find_all(self, base_path: Any) -> Iterator[ocp.path.step.Metadata]:
-        for slot in _slots(pathlib.Path(base_path)):
+        for slot in _slots(files.place(base_path)):
             yield self._metadata(base_path, slot)
 
     def find_step(self, base_path: Any, step: int) -> ocp.path.step.Metadata:
         slot = _Slot(*divmod(step, _REVISIONS))
-        if slot not in _slots(pathlib.Path(base_path)):
+        if slot not in _slots(files.place(base_path)):
             raise ValueError(f"no checkpoint {slot.name} in {base_path}")
         return self._metadata(base_path, slot)
 
@@ -357,7 +378,7 @@ class _LatestAndBest:
     scores win, and knows no score that an earlier run of the program has saved.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: files.Path):
         self._folder = folder
         self._scores: dict[_Slot, float | None] = {}
 
@@ -424,7 +445,7 @@ def _document_checksum(document: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _read_document(path: pathlib.Path) -> dict[str, Any]:
+def _read_document(path: files.Path) -> dict[str, Any]:
     """The JSON item of the checkpoint at `path`; raises anything at all if it is damaged."""
     document = ocp.JsonCheckpointHandler().restore(path / "meta")
     if document["crc32"] != _document_checksum(document):
@@ -437,7 +458,7 @@ def _read_document(path: pathlib.Path) -> dict[str, Any]:
     return document
 
 
-def _read(path: pathlib.Path, template: Any) -> tuple[dict[str, Any], Any]:
+def _read(path: files.Path, template: Any) -> tuple[dict[str, Any], Any]:
     """Document and state; CheckpointError for another model, anything else means damage."""
     document = _read_document(path)
     _check_same_arrays(path, template, document["arrays"])
@@ -447,7 +468,7 @@ def _read(path: pathlib.Path, template: Any) -> tuple[dict[str, Any], Any]:
     return document, state
 
 
-def _read_parts(path: pathlib.Path, parts: Collection[str]) -> tuple[dict[str, Any], Any]:
+def _read_parts(path: files.Path, parts: Collection[str]) -> tuple[dict[str, Any], Any]:
     """Document, and the named top-level entries of the state; any error means damage."""
     document = _read_document(path)
     template: dict[str, Any] = {}
@@ -474,7 +495,7 @@ def _verify(state: Any, arrays: dict[str, Any]) -> None:
             raise ValueError(f"{name} does not match its checksum")
 
 
-def _check_same_arrays(path: pathlib.Path, template: Any, arrays: dict[str, Any]) -> None:
+def _check_same_arrays(path: files.Path, template: Any, arrays: dict[str, Any]) -> None:
     """The template must name the arrays of the checkpoint, all of them, with shape and type."""
     wanted = _named_leaves(template)
     for name in [*wanted, *arrays]:

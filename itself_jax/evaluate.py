@@ -4,18 +4,16 @@ Ranking itself is in `retrieval.py`. Nothing here knows the model: encoders are 
 batch on the device to a named result with `global_` and `local`.
 """
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from itself_jax import retrieval
+from itself_jax import files, retrieval
 
 METRICS = ("R1", "R5", "R10", "mAP", "mINP", "rSum")
 _DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
@@ -144,25 +142,25 @@ def results(
     return summary | dict(extra or {})
 
 
-def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> Path:
+def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> files.Path:
     """Writes `results/<dataset>-<split>.json`; a reader sees the old file or the new one."""
-    path = Path(workdir) / "results" / f"{results['dataset']}-{results['split']}.json"
+    path = files.place(workdir) / "results" / f"{results['dataset']}-{results['split']}.json"
     text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    _write_atomically(path, lambda file: file.write(text.encode()))
-    return path
+    return _write(path, lambda file: file.write(text.encode()))
 
 
-def dump_embeddings(workdir: str | os.PathLike, split, embeddings: retrieval.Embeddings) -> Path:
+def dump_embeddings(
+    workdir: str | os.PathLike, split, embeddings: retrieval.Embeddings
+) -> files.Path:
     """Writes `embeddings-<dataset>-<split>.npz`: float32, not normalised, in annotation order.
 
     `text_local` and `image_local` are absent when the model has no local branch.
     """
-    path = Path(workdir) / f"embeddings-{split.dataset}-{split.split}.npz"
+    path = files.place(workdir) / f"embeddings-{split.dataset}-{split.split}.npz"
     arrays = {name: x for name, x in embeddings._asdict().items() if x is not None}
     # Fixed-width text, not objects: the file then loads without pickle.
     arrays["image_paths"] = np.asarray([str(p) for p in split.image_paths], dtype=np.str_)
-    _write_atomically(path, lambda file: np.savez(file, **arrays))
-    return path
+    return _write(path, lambda file: np.savez(file, **arrays))
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -189,32 +187,12 @@ def format_table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    # Same folder, so that the rename stays within one file system; the process id keeps two runs
-    # on one folder from writing the same temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write(path: files.Path, content: Callable[[BinaryIO], Any]) -> files.Path:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        cause = _os_error(error) if isinstance(error, Exception) else None
-        if cause is None:
-            raise
+        files.write(path, content)
+    except OSError as error:
         raise OSError(
-            f"cannot write {path}: {cause.strerror or cause}; free space there or choose another "
+            f"cannot write {path}: {error.strerror or error}; free space there or choose another "
             "--workdir"
         ) from error
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    # On a full disk `np.savez` fails twice: closing its archive hides the OSError that it handles
-    # behind a ValueError about an open handle.
-    while error is not None and not isinstance(error, OSError):
-        error = error.__context__
-    return error
+    return path

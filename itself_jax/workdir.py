@@ -1,9 +1,11 @@
 """A run's directory: whose it is, its configuration, and its metrics.
 
-Files are written under a temporary name and renamed, except `metrics.jsonl`, which grows by whole
-lines and is cut back to the restored step when a run goes on.
+Files appear as a whole, except `metrics.jsonl`, which grows by whole lines and is cut back to the
+restored step when a run goes on. In a bucket, where no file can grow, it is written anew every
+half-minute and at every validation; TensorBoard's events and the lock are on disks only.
 """
 
+import contextlib
 import datetime
 import fcntl
 import importlib.metadata
@@ -13,18 +15,23 @@ import pathlib
 import platform
 import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import tensorboardX
 
 from itself_jax import config as config_lib
+from itself_jax import files
+from itself_jax.data import remote
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "itself_jax")
 _CONFIG = "config.json"
 _METRICS = "metrics.jsonl"
 _FINISHED = "finished.json"
 _LOCK = ".lock"
+_UPLOAD_EVERY = 30.0  # seconds
 
 
 class WorkdirError(RuntimeError):
@@ -39,10 +46,16 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike, *, writes: bool = True) -> None:
-        self.path = pathlib.Path(path).absolute()
+        try:
+            self.path = files.place(path)
+        except OSError as error:
+            raise WorkdirError(f"--workdir={error}; give another --workdir.") from error
+        self._is_local = remote.is_local(self.path)
         self.checkpoints = self.path / "checkpoints"
         self._writes = writes
         self._lock: int | None = None
+        self._unwritten: list[str] | None = None  # of metrics in a bucket: all of its lines
+        self._uploaded = 0.0
         self._tensorboard: tensorboardX.SummaryWriter | None = None
 
     def claim(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
@@ -51,17 +64,15 @@ class Workdir:
         Also locks it against other runs, until this process ends or `release` is called. Writes
         nothing else: a start that fails later leaves it free for another configuration.
         """
-        try:
+        with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            if self._writes:
+            if self._writes and self._is_local:
                 self._take_lock()
             entries = [
                 e.name
-                for e in self.path.iterdir()
+                for e in (self.path.iterdir() if self.path.exists() else ())
                 if not e.name.startswith(".tmp-") and e.name != _LOCK
             ]
-        except OSError as error:
-            raise self._unusable(error) from error
         if _CONFIG in entries:
             self._check_same(config, compute_dtype, log)
         elif entries:
@@ -91,7 +102,8 @@ class Workdir:
         """
         path = self.path / _CONFIG
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            with files.reaching(path):
+                saved = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(saved["config"], dict):
                 raise TypeError("'config' is not an object")
         except FileNotFoundError:
@@ -106,7 +118,8 @@ class Workdir:
     def finished(self) -> dict[str, Any] | None:
         """What a finished run left behind, or None."""
         try:
-            return json.loads((self.path / _FINISHED).read_text(encoding="utf-8"))
+            with files.reaching(self.path):
+                return json.loads((self.path / _FINISHED).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -114,8 +127,8 @@ class Workdir:
         """Marks the run as complete; the very last thing it writes."""
         self.write_json(_FINISHED, summary)
 
-    def write_json(self, name: str, content: Any) -> pathlib.Path:
-        """Writes a file of this directory atomically.
+    def write_json(self, name: str, content: Any) -> files.Path:
+        """Writes a file of this directory as a whole.
 
         Raises:
           WorkdirError: the disk is full or the directory cannot be written.
@@ -123,13 +136,9 @@ class Workdir:
         path = self.path / name
         if not self._writes:
             return path
-        temporary = path.with_name(f".tmp-{name}")
-        try:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._unusable(error) from error
+        text = json.dumps(content, indent=2) + "\n"
+        with self._writing():
+            files.write(path, lambda file: file.write(text.encode()))
         return path
 
     def cut_metrics(self, step: int, *, validated: bool) -> None:
@@ -138,10 +147,12 @@ class Workdir:
         validated: whether the restored state includes the validation at `step`.
         """
         path = self.path / _METRICS
-        if not self._writes or not path.exists():
-            return
         kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        with self._writing():
+            if not self._writes or not path.exists():
+                return
+            text = path.read_text(encoding="utf-8")
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except ValueError:
@@ -150,13 +161,9 @@ class Workdir:
                 record["step"] == step and (validated or "split" not in record)
             ):
                 kept.append(line + "\n")
-        temporary = path.with_name(f".tmp-{_METRICS}")
-        try:
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise self._unusable(error) from error
+        self._unwritten = kept
+        with self._writing():
+            files.write(path, lambda file: file.write("".join(kept).encode()))
 
     def write_metrics(self, record: dict[str, Any]) -> None:
         """Appends one line to `metrics.jsonl` and its numbers to the TensorBoard events.
@@ -166,7 +173,12 @@ class Workdir:
         """
         if not self._writes:
             return
-        try:
+        if not self._is_local:
+            self._unwritten = (self._unwritten or []) + [json.dumps(record) + "\n"]
+            if "split" in record or time.monotonic() - self._uploaded > _UPLOAD_EVERY:
+                self._upload()
+            return
+        with self._writing():
             with (self.path / _METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if self._tensorboard is None:
@@ -178,11 +190,11 @@ class Workdir:
             for key, value in record.items():
                 if key not in ("step", "epoch", "split"):
                     self._tensorboard.add_scalar(f"{prefix}/{key}", value, record["step"])
-        except OSError as error:
-            raise self._unusable(error) from error
 
     def close(self) -> None:
-        """Flushes the TensorBoard events."""
+        """Flushes metrics and TensorBoard events."""
+        if not self._is_local and self._unwritten is not None and self._writes:
+            self._upload()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
@@ -243,11 +255,28 @@ class Workdir:
         if saved.get("compute_dtype", compute_dtype) != compute_dtype:
             log(f"Going on in {compute_dtype} (was {saved['compute_dtype']}), as the device says.")
 
-    def _unusable(self, error: OSError) -> WorkdirError:
-        return WorkdirError(
-            f"Work directory {self.path} cannot be written ({error.strerror or error}): "
-            "free some space or give another --workdir."
-        )
+    def _upload(self) -> None:
+        text = "".join(self._unwritten)
+        with self._writing():
+            files.write(self.path / _METRICS, lambda file: file.write(text.encode()))
+        self._uploaded = time.monotonic()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Explains what keeps the directory from being read or written."""
+        try:
+            with files.reaching(self.path):
+                yield
+        except OSError as error:
+            what = "free some space or give another --workdir."
+            if not self._is_local:
+                what = (
+                    "check the bucket's name, and that this machine's account may read and write "
+                    "objects there (role Storage Object User), or give another --workdir."
+                )
+            raise WorkdirError(
+                f"Work directory {self.path} cannot be written ({error.strerror or error}): {what}"
+            ) from error
 
 
 def _versions() -> dict[str, str]:

@@ -2,16 +2,15 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
+import bucket
 import miniature
 import pytest
 import tiny
 
-pytest.importorskip("gcsfs")
-server = pytest.importorskip("gcp_storage_emulator.server")
+requests = bucket.requests
 
 ROOT = pathlib.Path(__file__).parents[2]
 OUT = "gs://bucket/data sets"
@@ -58,23 +57,6 @@ def main(argv):
 if __name__ == "__main__":
     app.run(main)
 """
-
-
-@pytest.fixture
-def requests(monkeypatch, tmp_path):
-    """An empty bucket that this process serves; yields the lines of its log."""
-    lines = []
-    monkeypatch.setattr(
-        server.RequestHandler, "log_message", lambda self, form, *rest: lines.append(form % rest)
-    )
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
-    # Which kind of bucket it is would be asked of Google.
-    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
-        yield lines
 
 
 @pytest.fixture
