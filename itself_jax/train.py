@@ -238,7 +238,7 @@ def start_from(
     A run that goes on has its sizes in its `config.json` and needs no file any more.
     """
     if config.init_from is None:
-        activation = config.model.activation or "quick_gelu"
+        activation = config.model.activation or config_lib.CLIP_ACTIVATION
         return config_lib.replace(config, {"model.activation": activation}), None
     saved = directory.saved_config()
     if saved is not None and saved["config"].get("init_from") == config.init_from:

@@ -23,7 +23,8 @@ SIZES = (
     *("model.text_width", "model.text_depth", "model.text_heads", "model.vocab_size"),
     *("model.embed_dim", "model.activation", "local.dim"),
 )
-_HEAD_WIDTH = 64  # of every CLIP, where a file does not say how many heads there are
+# Of these, what no array says.
+_UNSAID = ("model.vision_heads", "model.text_heads", "model.activation")
 IMAGE_POSITIONS = "params/image_encoder/position_embedding"
 TEXT_POSITIONS = "params/text_encoder/position_embedding"
 HEADS = ("params/global_heads/", "params/local_heads/")
@@ -102,26 +103,17 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     file = weight_files.read(source)
     try:
         mapped = dialects.read(file.tensors)
-        stated = _description(source, file.metadata) or dialects.stated(file.config or {})
     except dialects.DialectError as error:
         raise WeightsError(f"{source}: {error}.") from error
-    arrays = mapped.arrays
+    arrays, notes = mapped.arrays, list(file.notes)
+    stated = _description(source, file.metadata)
+    if not stated and not _is_by_openai(file):
+        stated = _settings_of_library(file, mapped, notes)
     sizes = _sizes(source, mapped.dialect, arrays, stated)
-    notes = list(file.notes)
     if sizes["model.activation"] is None:
         sizes["model.activation"] = mapped.dialect.activation
-        if mapped.dialect is dialects.OPENAI and not _is_by_openai(file):
-            notes.append(
-                f"WARNING: nothing in it says which activation it was trained with; "
-                f"{mapped.dialect.activation} is taken, as in OpenAI's CLIP. Set model.activation "
-                "if this is wrong (open_clip: gelu, unless its model's name ends in -quickgelu)."
-            )
-            if None not in (sizes["model.vision_heads"], sizes["model.text_heads"]):
-                notes.append(
-                    f"WARNING: nothing in it says how many heads it has; one for each 64 of the "
-                    f"width is taken, {sizes['model.vision_heads']} and "
-                    f"{sizes['model.text_heads']}, as in OpenAI's CLIP"
-                )
+        if mapped.dialect in dialects.PRETRAINED and not _is_by_openai(file):
+            notes += _guesses(mapped.dialect, sizes)
     return Weights(
         source=source,
         kind=f"{file.kind}, {mapped.dialect.name}",
@@ -309,6 +301,57 @@ def _description(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str,
         ) from error
 
 
+def _settings_of_library(
+    file: weight_files.TensorFile, mapped: dialects.Mapped, notes: list[str]
+) -> dict[str, Any]:
+    """Heads and activation from the settings that the file's own library keeps beside it.
+
+    Those of another model are an error in a folder, and ignored with a note beside a lone file.
+    """
+    name = mapped.dialect.settings
+    content = file.settings(name) if name is not None else None
+    stated = dialects.stated(content) if content is not None else None
+    if stated is None:
+        return {}
+    path, found = file.file.parent / name, _sizes(file.path, mapped.dialect, mapped.arrays, {})
+    different = [
+        f"{key}={value} and the arrays {found[key]}"
+        for key, value in stated.values.items()
+        if key not in _UNSAID and value != found[key]
+    ]
+    if different:
+        what = f"{path} says {', '.join(different)}"
+        if file.is_lone:
+            notes.append(f"{name} beside it is of another model and ignored: {what}")
+            return {}
+        raise WeightsError(
+            f"{what}: it is of another model; put the one there that belongs to {file.file.name}, "
+            "or give that file alone, outside of the folder."
+        )
+    if stated.objection is not None:
+        raise WeightsError(f"{file.path}: its {name} says {stated.objection}.")
+    notes.append(f"settings from {path}")
+    return {key: stated.values[key] for key in _UNSAID}
+
+
+def _guesses(dialect: dialects.Dialect, sizes: Mapping[str, Any]) -> list[str]:
+    """What is taken where neither a file nor settings beside it say it."""
+    whose = "as in most models of it" if dialect.activation == "gelu" else "as in OpenAI's CLIP"
+    notes = [
+        f"WARNING: nothing in it says which activation it was trained with; {dialect.activation} "
+        f"is taken, {whose}. Set model.activation if this is wrong (open_clip: gelu, unless its "
+        "model's name ends in -quickgelu)"
+    ]
+    heads = sizes["model.vision_heads"], sizes["model.text_heads"]
+    if None not in heads:
+        notes.append(
+            f"WARNING: nothing in it says how many heads it has; one for each "
+            f"{config_lib.CLIP_HEAD_WIDTH} of the width is taken, {heads[0]} and {heads[1]}, as in "
+            "OpenAI's CLIP"
+        )
+    return notes
+
+
 def _is_by_openai(file: weight_files.TensorFile) -> bool:
     return file.kind == "TorchScript" or "input_resolution" in file.tensors
 
@@ -356,7 +399,8 @@ def _sizes(
     }
     for tower in ("vision", "text"):
         width = sizes[f"model.{tower}_width"]
-        by_rule = width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None
+        heads, rest = divmod(width, config_lib.CLIP_HEAD_WIDTH)
+        by_rule = heads if rest == 0 else None
         if dialect is dialects.OURS:  # of any width
             by_rule = None
         sizes[f"model.{tower}_heads"] = stated.get(f"model.{tower}_heads") or by_rule

@@ -80,15 +80,111 @@ def test_folders_of_other_libraries_say_heads_and_activation(folder, activation,
     assert not [line for line in found.notes if "WARNING" in line]
 
 
-def test_a_bare_clip_file_leaves_its_activation_open_and_says_so(tmp_path):
-    folder = GOLDEN / "open_clip"
+@pytest.mark.parametrize(
+    "folder, file, activation",
+    [
+        ("open_clip", "open_clip_pytorch_model.bin", "quick_gelu"),
+        ("hugging_face", "model.safetensors", "quick_gelu"),
+    ],
+)
+def test_a_bare_clip_file_leaves_its_activation_open_and_says_so(
+    folder, file, activation, tmp_path
+):
     lone = tmp_path / "weights.bin"
-    lone.write_bytes((folder / "open_clip_pytorch_model.bin").read_bytes())
+    lone.write_bytes((GOLDEN / folder / file).read_bytes())
     found = opened(lone)
-    assert found.sizes["model.activation"] == "quick_gelu"
+    assert found.sizes["model.activation"] == activation
     assert found.sizes["model.vision_heads"] is None  # 48 is no multiple of 64
     (warning,) = [note for note in found.notes if "WARNING" in note]
     assert "model.activation" in warning and "-quickgelu" in warning
+
+
+def custom_text(path):
+    """The golden model of open_clip as a CustomTextCLIP has its names."""
+    tensors = weight_files.read(GOLDEN / "open_clip").tensors
+    named = {
+        name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    weight_files.write_torch(path, named, wrap=None)
+    return path
+
+
+def settings_of(folder, **model):
+    name = {"open_clip": "open_clip_config.json", "hugging_face": "config.json"}[folder]
+    content = json.loads((GOLDEN / folder / name).read_text())
+    if folder == "open_clip":
+        content["model_cfg"] |= model
+    return name, json.dumps(content)
+
+
+def test_custom_text_towers_are_read_with_their_settings_and_warned_of_without(tmp_path):
+    found = opened(custom_text(tmp_path / "open_clip_model.pt"))
+    assert found.sizes["model.activation"] == "gelu"
+    (warning,) = [note for note in found.notes if "WARNING" in note]
+    assert "gelu is taken, as in most models of it" in warning
+    name, content = settings_of("open_clip", custom_text=True, quick_gelu=True)
+    (tmp_path / name).write_text(content)
+    for path in (tmp_path, tmp_path / "open_clip_model.pt"):
+        found = opened(path)
+        assert found.sizes["model.activation"] == "quick_gelu"
+        assert found.sizes["model.vision_heads"] == found.sizes["model.text_heads"] == 4
+        assert f"settings from {tmp_path / name}" in found.notes
+        assert not [note for note in found.notes if "WARNING" in note]
+
+
+@pytest.mark.parametrize("kind", ["published", "archive", "other library"])
+def test_settings_of_another_library_say_nothing_of_a_lone_file(kind, tmp_path):
+    """All sizes agree; only heads and activation would differ."""
+    path = tmp_path / "best.pth"
+    sizes = published.TINY
+    if kind == "other library":
+        name, content = settings_of("hugging_face")
+        path.write_bytes((GOLDEN / "open_clip" / "open_clip_pytorch_model.bin").read_bytes())
+    else:
+        arrays = published.state(sizes)
+        if kind == "archive":  # OpenAI's own constants
+            arrays = {
+                name.removeprefix("base_model."): array
+                for name, array in arrays.items()
+                if name.startswith("base_model.")
+            } | {"input_resolution": np.array(1, np.int64)}
+        weight_files.write_torch(path, arrays, wrap=None)
+        vision = {"patch_size": 8, "width": 64, "layers": 2, "head_width": 16}
+        text = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4}
+        name = "open_clip_config.json"
+        model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        content = json.dumps({"model_cfg": model})
+    alone = opened(path)
+    (tmp_path / name).write_text(content)
+    found = opened(path)
+    assert found.sizes == alone.sizes and found.notes == alone.notes
+
+
+def test_settings_that_contradict_the_arrays_are_of_another_model(tmp_path):
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16}
+    name, content = settings_of("open_clip", vision_cfg=vision, quick_gelu=True)
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    path.write_bytes((GOLDEN / "open_clip" / path.name).read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        weights.WeightsError, match=rf"{name} says model.vision_width=64 and the arrays 48: it is"
+    ):
+        opened(tmp_path)
+    found = opened(path)
+    assert found.sizes["model.vision_heads"] is None
+    (note,) = [note for note in found.notes if "ignored" in note]
+    assert "model.vision_width=64 and the arrays 48" in note
+    assert any("which activation" in note for note in found.notes)
+
+
+def test_settings_of_a_model_that_is_no_plain_clip_are_refused(tmp_path):
+    name, content = settings_of("open_clip", init_logit_bias=-10)
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    path.write_bytes((GOLDEN / "open_clip" / path.name).read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(weights.WeightsError, match="says model_cfg=.*init_logit_bias.* no plain"):
+        opened(path)
 
 
 def test_openai_constants_settle_the_activation(tmp_path):

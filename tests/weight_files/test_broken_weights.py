@@ -608,4 +608,4 @@ def test_a_folder_whose_settings_are_damaged_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(SAFE)
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(weight_files.WeightFileError, match=r"config\.json is not the JSON file"):
-        weight_files.read(tmp_path)
+        weight_files.read(tmp_path).settings("config.json")
