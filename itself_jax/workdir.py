@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from itself_jax import config as config_lib
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "itself_jax")
 _CONFIG = "config.json"
+FROM_WEIGHTS = "sizes_from_weights"  # its entry on what `init_from` decided
 _METRICS = "metrics.jsonl"
 _FINISHED = "finished.json"
 
@@ -57,13 +59,19 @@ class Workdir:
                 "it belongs to something else; give another --workdir."
             )
 
-    def describe(self, config: config_lib.Config, compute_dtype: str) -> None:
+    def describe(
+        self,
+        config: config_lib.Config,
+        compute_dtype: str,
+        sizes_from_weights: Sequence[str] = (),
+    ) -> None:
         """Writes `config.json`: from here on the directory belongs to this configuration."""
         self.write_json(
             _CONFIG,
             {
                 "config": config_lib.to_dict(config),
                 "compute_dtype": compute_dtype,
+                FROM_WEIGHTS: list(sizes_from_weights),
                 "versions": _versions(),
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 "git_revision": _git_revision(),
