@@ -17,6 +17,7 @@ from itself_jax import config as config_lib
 from itself_jax.models import itself
 
 _TORCH = (".pth", ".pt")
+_FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 
 # sha256 of the files that OpenAI publishes.
 _KNOWN = {
@@ -161,6 +162,16 @@ def write(
         raise weights.WeightsError(
             f"{found.source} cannot be written to {path}: {error}."
         ) from error
+    if layout == "openai":
+        # A parameter of OpenAI's model, whose loader is strict; the published code has none.
+        scale = found.meta.get(weights.LOGIT_SCALE)
+        if scale is None:
+            scale = _FIRST_LOGIT_SCALE
+            log(
+                f"logit_scale  {scale:.4f}, with which CLIP's training begins: {found.source} has "
+                "none, and OpenAI's loader asks for one"
+            )
+        named[weights.LOGIT_SCALE] = _Number(scale)
     if dtype is None:
         dtype = "published" if path.suffix in _TORCH and layout == "published" else "float32"
     rounding = _Rounding(path)
@@ -200,9 +211,9 @@ def _unsaid(source: Source) -> list[str]:
     """What a file of names alone lets its reader guess wrongly."""
     model = source.config.model
     by_rule = {
-        "activation": "quick_gelu",
-        "vision_heads": model.vision_width // 64,
-        "text_heads": model.text_width // 64,
+        "activation": config_lib.CLIP_ACTIVATION,
+        "vision_heads": model.vision_width // config_lib.CLIP_HEAD_WIDTH,
+        "text_heads": model.text_width // config_lib.CLIP_HEAD_WIDTH,
     }
     wrong = [f"{k} {getattr(model, k)}" for k, v in by_rule.items() if getattr(model, k) != v]
     if not wrong:
@@ -220,6 +231,17 @@ class _Checked:
 
     def read(self) -> np.ndarray:
         return weights.read(self._found, self._name, self._array)
+
+
+class _Number:
+    """A lone number as an array."""
+
+    def __init__(self, value: float):
+        self._value = np.array(value, np.float32)
+        self.shape, self.dtype = self._value.shape, self._value.dtype
+
+    def read(self) -> np.ndarray:
+        return self._value
 
 
 class _Rounding:

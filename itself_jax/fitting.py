@@ -281,7 +281,7 @@ def _fit_image_positions(
     if source is not None and source[0] * source[1] != patches:
         source = None
     side = math.isqrt(patches)
-    if source is None and found.dialect in dialects.PRETRAINED and side * side == patches:
+    if source is None and found.origin in dialects.PRETRAINED and side * side == patches:
         source = side, side  # of pre-training, whatever has as many patches here
     if source is None and patches == grid[0] * grid[1]:
         _say_assumed(found, patches, model, log)

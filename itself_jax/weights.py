@@ -35,13 +35,9 @@ LOCAL = tuple(
 )
 # What `describe` writes beside arrays of a foreign layout, and the checkpoint of a conversion.
 DESCRIPTION = "itself_jax"
-_PROGRESS = (
-    "num_epoch",
-    "iteration",
-    "epoch",
-    "best_alpha",
-    "protocol",
-)  # kept beside converted arrays
+LOGIT_SCALE = "logit_scale"
+# Kept beside converted arrays.
+_KEPT = ("num_epoch", "iteration", "epoch", "best_alpha", "protocol", LOGIT_SCALE)
 
 Log = Callable[[str], None]
 
@@ -54,17 +50,21 @@ class Weights(NamedTuple):
     """What was found, by the names of our parameters. Arrays may still lie in their file.
 
     kind: for the log, e.g. "torch.save (zip), ITSELF".
+    dialect: the names in the file.
+    origin: the dialect of the program that trained them; a conversion may have renamed them since.
     names: what the file calls each array.
     dropped: arrays of the file that mean nothing here, with reasons.
     sizes: keys of `SIZES`; a number of heads may be None where nobody says it.
     config: `model` and `local` of the run that made them, where that is known.
     num_identities: that its classifiers know; None: it has none.
-    meta: num_epoch, iteration, epoch, best_alpha, protocol, as far as known.
+    meta: num_epoch, iteration, epoch, best_alpha, protocol, logit_scale (CLIP's learnt temperature,
+      of no use here), as far as known.
     """
 
     source: pathlib.Path
     kind: str
     dialect: dialects.Dialect
+    origin: dialects.Dialect
     arrays: dict[str, dialects.Array]
     names: dict[str, tuple[str, ...]]
     dropped: dict[str, str]
@@ -114,10 +114,14 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
         sizes["model.activation"] = mapped.dialect.activation
         if mapped.dialect in dialects.PRETRAINED and not _is_by_openai(file):
             notes += _guesses(mapped.dialect, sizes)
+    origin = _origin(stated, mapped.dialect)
+    # CLIP alone under the published names has those of a file of IRRA.
+    whose = origin.name if origin is mapped.dialect else f"{origin.name} (converted)"
     return Weights(
         source=source,
-        kind=f"{file.kind}, {mapped.dialect.name}",
+        kind=f"{file.kind}, {whose}",
         dialect=mapped.dialect,
+        origin=origin,
         arrays=arrays,
         names=mapped.names,
         dropped=mapped.dropped,
@@ -130,6 +134,7 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
                 for key, value in file.metadata.items()
                 if key in ("num_epoch", "iteration", "epoch") and type(value) is int
             },
+            **_logit_scale(file.tensors),
             **_progress(stated),
         },
         notes=tuple(notes),
@@ -165,10 +170,13 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
     if sizes["model.activation"] is None:
         sizes["model.activation"] = "quick_gelu"
         notes = ("WARNING: no config.json says its activation; quick_gelu is taken",)
+    origin = _origin(described, dialects.OURS)
+    whose = "" if origin is dialects.OURS else f", {origin.name} (converted)"
     return Weights(
         source=source,
-        kind="checkpoint of itself_jax",
+        kind=f"checkpoint of itself_jax{whose}",
         dialect=dialects.OURS,
+        origin=origin,
         arrays=arrays,
         names={name: (name,) for name in arrays},
         dropped={},
@@ -220,18 +228,18 @@ def read(weights: Weights, name: str, array: dialects.Array) -> np.ndarray:
 def describe(weights: Weights, config: config_lib.Config) -> dict[str, Any]:
     """What no layout says of itself, for a JSON field beside the arrays; read back by `open_`.
 
-    Heads and activation, as `config` has them; of a run of this project also its settings of
-    `model` and `local` (grid of the positions, source and size of the bank), epoch and fusion
-    weight.
+    Whose weights they are, heads and activation, as `config` has them; of a run of this project
+    also its settings of `model` and `local` (grid of the positions, source and size of the bank),
+    epoch and fusion weight.
     """
-    description = {
+    description: dict[str, Any] = {
         f"model.{name}": getattr(config.model, name)
         for name in ("vision_heads", "text_heads", "activation")
     }
     if weights.config is not None:
         made_with = config_lib.to_dict(config_lib.replace(weights.config, description))
         description["config"] = {group: made_with[group] for group in ("model", "local")}
-    return description | _progress(weights.meta)
+    return {"origin": weights.origin.name, **description, **_progress(weights.meta)}
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -285,7 +293,7 @@ def _settings_beside(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _progress(meta: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: meta[key] for key in _PROGRESS if key in meta}
+    return {key: meta[key] for key in _KEPT if key in meta}
 
 
 def _description(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -350,6 +358,20 @@ def _guesses(dialect: dialects.Dialect, sizes: Mapping[str, Any]) -> list[str]:
             "OpenAI's CLIP"
         )
     return notes
+
+
+def _origin(described: Mapping[str, Any], dialect: dialects.Dialect) -> dialects.Dialect:
+    known = {known.name: known for known in (*dialects.DIALECTS, dialects.OURS)}
+    return known.get(str(described.get("origin")), dialect)
+
+
+def _logit_scale(tensors: Mapping[str, dialects.Array]) -> dict[str, float]:
+    """CLIP's temperature, where a file has a number for it."""
+    for name in (LOGIT_SCALE, f"base_model.{LOGIT_SCALE}"):
+        if name in tensors and math.prod(tensors[name].shape) == 1:
+            value = float(tensors[name].read().reshape(()))
+            return {LOGIT_SCALE: value} if math.isfinite(value) else {}
+    return {}
 
 
 def _is_by_openai(file: weight_files.TensorFile) -> bool:

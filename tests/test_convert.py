@@ -15,6 +15,7 @@ import numpy as np
 import published
 import pytest
 
+import itself_jax
 from itself_jax import converting, encoders, weight_files, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -179,13 +180,20 @@ def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
             )
 
 
-def test_published_names_need_a_whole_model(tmp_path, unprobed):
-    """A CLIP under the published names is what training starts from, not a published model."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_stays_a_clip_under_the_published_names(kind, tmp_path, unprobed):
+    """It is what training starts from, not a model of IRRA; its squares are still resized."""
     source = converting.examine(GOLDEN / "open_clip", quiet)
-    converting.write(source, tmp_path / "a.safetensors", quiet)
-    found = weights.open_(tmp_path / "a.safetensors", quiet)
+    converting.write(source, tmp_path / kind, quiet)
+    found = weights.open_(tmp_path / kind, quiet)
     assert found.num_identities is None and not found.has_local
     assert found.sizes["model.activation"] == "gelu" and found.sizes["model.vision_heads"] == 4
+    assert found.origin.name == "CLIP" and found.kind.endswith(", CLIP (converted)")
+    log = []
+    # As many patches as the 4x4 of pre-training.
+    ready = itself_jax.load(tmp_path / kind, image_size=(64, 16), log=log.append)
+    assert ready.config.model.grid == (8, 2)
+    assert any("of a 4x4 grid were resized to 8x2" in line for line in log)
 
 
 def test_openai_names_say_what_they_leave_out(tmp_path, unprobed):
@@ -209,6 +217,23 @@ def test_a_state_of_openai_names_is_nothing_else_and_says_what_it_cannot(tmp_pat
     source = converting.examine(GOLDEN / "open_clip", quiet)
     converting.write(source, tmp_path / "other.pt", log.append, layout="openai")
     assert "cannot say activation gelu, vision_heads 4, text_heads 4" in log[-2]
+
+
+def test_openai_names_have_the_temperature_that_their_loader_asks_for(tmp_path, unprobed):
+    def converted(path, name):
+        """Through another kind of file, and what was said of it."""
+        log = []
+        between = converting.write(converting.examine(path, quiet), tmp_path / f"{name}1", quiet)
+        source = converting.examine(between, quiet)
+        converting.write(source, tmp_path / f"{name}.pt", log.append, layout="openai")
+        return contents(tmp_path / f"{name}.pt")["logit_scale"], "".join(log)
+
+    given = weight_files.read(GOLDEN / "open_clip").tensors["logit_scale"].read()
+    found, said = converted(GOLDEN / "open_clip", "a")
+    assert found == given.astype(np.float32) and "logit_scale" not in said
+    assert (found.shape, found.dtype) == ((), np.float32)
+    found, said = converted(published.write(tmp_path / "best.pth"), "b")
+    assert found == np.float32(np.log(1 / 0.07)) and "logit_scale  2.6593, with which" in said
 
 
 def test_a_picture_that_contradicts_the_positions_is_refused(tmp_path, unprobed):
