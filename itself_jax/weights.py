@@ -100,7 +100,11 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     source = pathlib.Path(source).expanduser()
     if _is_checkpoint_folder(source) or _is_checkpoint_folder(source / "checkpoints"):
         return of_run(source, log)
-    file = weight_files.read(source)
+    try:
+        file = weight_files.read(source)
+    except weight_files.WeightFileError:
+        _refuse_parts_of_a_run(source)
+        raise
     try:
         mapped = dialects.read(file.tensors)
     except dialects.DialectError as error:
@@ -126,7 +130,7 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
         names=mapped.names,
         dropped=mapped.dropped,
         sizes=sizes,
-        config=_run_config(stated.get("config")),
+        config=_run_config(stated.get("config"), notes),
         num_identities=_num_identities(source, arrays),
         meta={
             **{
@@ -157,19 +161,20 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
             found = None  # a run that was stopped before its first validation
     if found is None:
         raise checkpoint.CheckpointError(
-            f"{folder} holds no validated checkpoint: train there first, or set config.init_from."
+            f"{folder} holds no validated checkpoint: train there until the first validation, or "
+            "give other weights in config.init_from."
         )
     arrays = {name: _Held(array) for name, array in flat(found.state).items()}
     described = found.meta.get(DESCRIPTION, {})
     settings = described.get("config") or _settings_beside(folder)
-    config = _run_config(settings)
-    if config is not None:
-        described = {**config_lib.flatten(config_lib.to_dict(config)), **described}
+    notes: list[str] = []
+    config = _run_config(settings, notes)
+    described = {**_unsaid_in(settings), **described}
     sizes = _sizes(source, dialects.OURS, arrays, described)
-    notes = ()
     if sizes["model.activation"] is None:
-        sizes["model.activation"] = "quick_gelu"
-        notes = ("WARNING: no config.json says its activation; quick_gelu is taken",)
+        activation = config_lib.CLIP_ACTIVATION
+        sizes["model.activation"] = activation
+        notes.append(f"WARNING: no config.json says its activation; {activation} is taken")
     origin = _origin(described, dialects.OURS)
     whose = "" if origin is dialects.OURS else f", {origin.name} (converted)"
     return Weights(
@@ -189,7 +194,7 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
             **found.meta,
             **_progress(described),
         },
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -273,13 +278,57 @@ def _is_checkpoint_folder(folder: pathlib.Path) -> bool:
         return False
 
 
-def _run_config(settings: Any) -> config_lib.Config | None:
-    """The part of a run's configuration that its arrays depend on; None: there is none."""
+def _refuse_parts_of_a_run(source: pathlib.Path) -> None:
+    """Says what to give instead of a run without checkpoints, or of one of its checkpoints."""
+    if (source / "state").is_dir() and (source / "meta").exists():
+        raise WeightsError(
+            f"{source} is one checkpoint of {source.parent}: give that folder, whose best "
+            "checkpoint is taken, or a copy of it that holds this one alone."
+        )
+    run = source.parent if source.name == "checkpoints" else source
+    if (run / "checkpoints").is_dir() or _settings_beside(run / "checkpoints"):
+        raise WeightsError(
+            f"{run} is a work directory of itself_jax without a checkpoint: train there until the "
+            "first validation, or give other weights."
+        )
+
+
+def _run_config(settings: Any, notes: list[str]) -> config_lib.Config | None:
+    """The part of a run's configuration that its arrays depend on; None: there is none.
+
+    Keys that this version does not know are left out, and named in `notes`.
+    """
+    if not settings:
+        return None
+    known, unknown = {}, []
+    defaults = config_lib.to_dict(config_lib.Config())
     try:
-        known = {group: settings[group] for group in ("model", "local")}
-        return config_lib.from_dict(known)
-    except (KeyError, TypeError, config_lib.ConfigError):
-        return None  # of another version: the arrays themselves say most of it
+        for group in ("model", "local"):
+            values = settings[group]
+            known[group] = {key: values[key] for key in values if key in defaults[group]}
+            unknown += [f"{group}.{key}" for key in values if key not in defaults[group]]
+        config = config_lib.from_dict(known)
+    except (KeyError, TypeError, config_lib.ConfigError) as error:
+        # The arrays themselves say most of it.
+        notes.append(f"WARNING: the settings of its run are not used, they cannot be read: {error}")
+        return None
+    if unknown:
+        notes.append(
+            f"WARNING: the settings of its run have keys of another version, which are left out: "
+            f"{', '.join(unknown)}"
+        )
+    return config
+
+
+def _unsaid_in(settings: Any) -> dict[str, Any]:
+    """Heads and activation of a run's settings, whatever else is in them."""
+    try:
+        found = {key: settings["model"][key.removeprefix("model.")] for key in _UNSAID}
+    except (KeyError, TypeError):
+        return {}
+    heads = [type(value) is int and value > 0 for key, value in found.items() if "heads" in key]
+    fits = all(heads) and found["model.activation"] in (None, *config_lib.ACTIVATIONS)
+    return found if fits else {}
 
 
 def _settings_beside(folder: pathlib.Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import published
@@ -244,6 +245,71 @@ def test_a_run_before_its_first_validation_has_no_weights(tmp_path):
     save(tmp_path / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=None)
     with pytest.raises(checkpoint.CheckpointError, match="holds no validated checkpoint"):
         opened(tmp_path)
+
+
+def a_run(tmp_path, **changes):
+    """A work directory whose `config.json` has `changes` such as `model__mystery=1`."""
+    save(tmp_path / "run" / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=1.0)
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    sizes = {"model.vision_heads": 2, "model.text_heads": 4, "model.activation": "gelu"}
+    made_with = config_lib.replace(
+        config_lib.Config(), SIZES | sizes | {"model.image_size": (16, 32)}
+    )
+    settings = config_lib.to_dict(made_with)
+    for key, value in changes.items():
+        group, name = key.split(".")
+        settings[group][name] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": settings}))
+    return tmp_path / "run"
+
+
+def test_keys_of_another_version_are_left_out_of_a_runs_settings(tmp_path):
+    found = opened(a_run(tmp_path, model__mystery=1, local__riddle="x"))
+    assert found.sizes["model.vision_heads"] == 2 and found.sizes["model.text_heads"] == 4
+    assert found.sizes["model.activation"] == "gelu" and found.config.model.grid == (2, 4)
+    (note,) = found.notes
+    assert "WARNING" in note and "left out: model.mystery, local.riddle" in note
+
+
+def test_a_value_of_another_version_costs_a_runs_settings_but_not_its_heads(tmp_path):
+    found = opened(a_run(tmp_path, local__inference_saliency="oracle"))
+    assert found.sizes["model.vision_heads"] == 2 and found.sizes["model.text_heads"] == 4
+    assert found.sizes["model.activation"] == "gelu" and found.config is None
+    (note,) = found.notes
+    assert "'oracle' is no saliency source" in note
+
+
+@pytest.mark.parametrize("heads", ["two", 0, None, [2]])
+def test_heads_that_are_no_number_are_not_taken(heads, tmp_path):
+    found = opened(a_run(tmp_path, model__vision_heads=heads))
+    assert found.sizes["model.vision_heads"] is None
+    assert any("vision_heads" in note for note in found.notes)
+
+
+def test_a_checkpoint_alone_is_not_what_is_given(tmp_path):
+    run = a_run(tmp_path)
+    step = run / "checkpoints" / "3"
+    with pytest.raises(
+        weights.WeightsError, match=rf"{step} is one checkpoint of {step.parent}: give that folder"
+    ):
+        opened(step)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.json"])
+def test_a_work_directory_without_a_checkpoint_is_called_so(name, tmp_path):
+    run = a_run(tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    if name == "checkpoints":
+        (run / "config.json").unlink()
+        (run / "checkpoints").mkdir()
+    given = [run, run / "checkpoints"] if name == "checkpoints" else [run]
+    for path in given:
+        with pytest.raises(
+            weights.WeightsError, match=rf"{run} is a work directory .* without a checkpoint: train"
+        ):
+            opened(path)
+    published.write(run / "best.pth")  # somebody keeps weights there
+    assert opened(run).kind == "torch.save (zip), ITSELF"
 
 
 def test_a_directory_without_weights_is_named(tmp_path):
