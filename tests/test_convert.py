@@ -304,7 +304,59 @@ def test_bad_numbers_stop_a_conversion_and_leave_nothing(kind, tmp_path, unprobe
     source = converting.examine(path, quiet)
     with pytest.raises(weights.WeightsError, match=r"texual_emb_layer\.mlp\.layers\.1\.bias"):
         converting.write(source, tmp_path / "out" / kind, quiet)
-    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+
+
+def test_folders_that_were_there_stay(tmp_path, unprobed):
+    bad = published.state()["classifier_grab.bias"] * np.nan
+    source = converting.examine(
+        published.write(tmp_path / "best.pth", classifier_grab__bias=bad), quiet
+    )
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(weights.WeightsError):
+        converting.write(source, tmp_path / "mine" / "new" / "a.npz", quiet)
+    assert list((tmp_path / "mine").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(weights.WeightsError, match="cannot be written .Not a directory"):
+        converting.write(source, tmp_path / "file" / "a.npz", quiet)
+
+
+def test_a_check_reads_what_no_encoder_needs(tmp_path, unprobed):
+    bad = published.state()["classifier_grab.bias"]
+    bad[2] = np.nan
+    log = []
+    converting.verify(converting.examine(published.write(tmp_path / "a.pth"), quiet), log.append)
+    (line,) = log
+    assert "are finite" in line
+    path = published.write(tmp_path / "best.pth", classifier_grab__bias=bad)
+    with pytest.raises(
+        weights.WeightsError, match=r"classifier_grab\.bias holds 1 values that are"
+    ):
+        converting.verify(converting.examine(path, quiet), quiet)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "a.ckpt", "a.PKL", "a.tar", "a.onnx", "a.pth.gz"])
+def test_endings_of_nothing_that_is_written_are_refused(name, tmp_path):
+    with pytest.raises(converting.DestinationError, match=r"ends in \.\w+, as no file .* \.pth, "):
+        converting.ending(tmp_path / name, layout=None, dtype=None)
+
+
+def test_endings_count_in_either_case_and_numbers_are_none(tmp_path, unprobed):
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    converting.write(source, tmp_path / "a.PTH", quiet)
+    converting.write(source, tmp_path / "a.NPZ", quiet)
+    converting.write(source, tmp_path / "run-1.5", quiet)
+    assert weight_files.read(tmp_path / "a.PTH").kind == "torch.save (zip)"
+    assert weight_files.read(tmp_path / "a.NPZ").kind == "npz"
+    assert (tmp_path / "run-1.5" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("given", [{"layout": "published"}, {"dtype": "float32"}])
+def test_a_folder_has_neither_layout_nor_number_type(given, tmp_path, unprobed):
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    with pytest.raises(converting.DestinationError, match=f"--{list(given)[0]}=.* is for files"):
+        converting.write(source, tmp_path / "folder", quiet, **given)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
 
 
 def test_a_full_disk_leaves_no_folder(tmp_path, unprobed, monkeypatch):
@@ -333,6 +385,7 @@ def test_the_command_checks_without_writing(tmp_path):
     done = command(path, "--check", "--activation=gelu", "--image_size=32x16")
     assert done.returncode == 0, done.stderr
     assert "activation   gelu" in done.stdout and "probe" in done.stdout
+    assert "statistics are finite" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
 
 
@@ -345,6 +398,8 @@ def test_the_command_checks_without_writing(tmp_path):
         (("a", "b", "--layout=theirs"), 2, "layout"),
         (("a", "b", "--image_size=big"), 2, "--image_size=big must be HEIGHTxWIDTH"),
         (("a", "b", "--nonsense"), 2, "nonsense"),
+        (("a", "b.bin"), 2, "ends in .bin"),
+        (("a", "b", "--layout=published"), 2, "--layout=published is for files"),
     ],
 )
 def test_failures_are_one_sentence_and_an_exit_code(arguments, code, message, tmp_path):
