@@ -55,7 +55,8 @@ def examine(
 
     Its last lines are norms of the embeddings of a fixed picture and sentence: who gets the same
     ones has the same model. `given` are flat config keys that the weights do not say, or say
-    wrongly: "model.activation", "model.image_size", "model.stride".
+    wrongly: "model.activation", "model.image_size", "model.stride", "model.vision_heads" and
+    "model.text_heads".
 
     Raises:
       WeightsError, WeightFileError, CheckpointError, ConfigError: they cannot be used.
@@ -69,7 +70,7 @@ def examine(
     if not known:
         given["model.image_size"] = fitting.picture_in_a_row(found)
     base = found.config or config_lib.Config()
-    config = fitting.resolve(base, found, log, training=True, changes=given)
+    config = fitting.resolve(base, found, log, training=True, changes=given, ask=encoders.HEADS)
     rows, columns = config.model.grid
     positions = found.arrays[weights.IMAGE_POSITIONS].shape[0] - 1
     if rows * columns != positions:

@@ -28,11 +28,21 @@ def resolve(
     *,
     training: bool,
     changes: Mapping[str, Any] = types.MappingProxyType({}),
+    ask: str = "config.model.{tower}_heads, and config.model.{tower}_width={width},",
 ) -> config_lib.Config:
     """The configuration with the sizes of the weights: widths, depths, patch size, local width.
 
-    `changes` are flat keys that are set at the same time. To evaluate weights without a local
-    branch, `local.enabled` is switched off; in training the branch starts from random numbers.
+    To evaluate weights without a local branch, `local.enabled` is switched off; in training the
+    branch starts from random numbers.
+
+    Args:
+      config: of the run.
+      found: the weights.
+      log: takes one line for everything that was decided.
+      training: or evaluating.
+      changes: flat keys that are set at the same time.
+      ask: what the caller's user can set where the weights do not say the heads of a `{tower}` and
+        its `{width}`.
 
     Raises:
       ConfigError: the sizes do not fit the run's pictures, stride or layers.
@@ -59,9 +69,9 @@ def resolve(
                 sizes[key] = sizes[key] or getattr(config.model, f"{tower}_heads")
             if sizes[key] is None:
                 raise config_lib.ConfigError(
-                    f"config.{key} is not known: {found.source} does not say how many heads its "
-                    f"width {width} is made of; set config.{key}, and config.model.{tower}_width="
-                    f"{width}, as it was trained with."
+                    f"{key} is not known: {found.source} does not say how many heads its width "
+                    f"{width} is made of; set {ask.format(tower=tower, width=width)} as it was "
+                    "trained with."
                 )
             log(f"{found.source} does not say how many heads it has: {key}={sizes[key]}.")
     chosen = changes.get("model.activation", config.model.activation)

@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import golden_model
 import jax
@@ -89,6 +90,33 @@ def test_round_trips_are_bit_identical(best, tmp_path, unprobed):
         assert_same(tmp_path / f"of {kind}.pth", best[0])
     converting.write(again, tmp_path / "b.npz", quiet)  # from Orbax
     assert_same(tmp_path / "b.npz", tmp_path / "a.npz")
+
+
+def cost(*arguments):
+    """Runs the command: its wall-clock seconds and the most memory it had, in bytes."""
+    started = time.monotonic()
+    program = [sys.executable, "-m", "itself_jax.convert", *map(str, arguments)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(program, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return time.monotonic() - started, usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_a_whole_model_goes_both_ways_bit_for_bit_in_bounded_memory(tmp_path):
+    """ViT-B/16 with all the people of CUHK-PEDES: 310 M parameters, 1.2 GB as float32."""
+    best = published.write_whole(tmp_path / "best.pth", published.VIT_B16)
+    for source, path in (("best.pth", "folder"), ("folder", "again.pth")):
+        seconds, memory = cost(tmp_path / source, tmp_path / path)
+        print(f"{source} to {path}: {seconds:.0f} s, {memory / 1e9:.2f} GB")
+        assert memory < 4e9
+    given, expected = weight_files.read(tmp_path / "again.pth").tensors, weight_files.read(best)
+    assert list(given) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
+        values, wanted = given[name].read(), tensor.read()
+        assert (values.dtype, values.shape) == (wanted.dtype, wanted.shape), name
+        assert values.tobytes() == wanted.tobytes(), name
 
 
 def test_progress_survives_every_kind(tmp_path, unprobed):

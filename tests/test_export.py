@@ -150,13 +150,14 @@ def test_an_export_says_what_it_measured(exported):
     assert sum("off at batches of 1 and 3" in line for line in lines) == 4
 
 
-def test_settings_say_how_to_prepare_and_compare(exported):
+def test_settings_say_how_to_prepare_and_compare(exported, run):
     folder, _ = exported
     found = json.loads((folder / "preprocessing.json").read_text())
     assert found["image"]["size"] == [32, 16] and found["image"]["mean"][0] == 0.48145466
     assert (found["text"]["length"], found["text"]["end"]) == (16, 49407)
     assert found["embedding"] == {"global": 32, "local": 32, "normalised": False}
     assert found["similarity"]["alpha"] == 0.25
+    assert found["source"] == {"path": str(run), "kind": "checkpoint of itself_jax"}
     assert found["stablehlo"]["jax"] == f"{jax.__version__} or newer"
     assert found["versions"]["itself_jax"] == itself_jax.__version__
 
@@ -567,6 +568,8 @@ REJECTED = {
     "a b --forse": "Unknown command line flag 'forse'. Did you mean: force ?",
     "/nothing b": "/nothing",
     "RUN b --stride=64": "config.model.stride",
+    "RUN b --vision_heads=3": "config.model.vision_heads=3: must divide the width 32",
+    "RUN b --text_heads=0": "text_heads",
 }
 # A process of its own for each, without importing everything again.
 FORK = """
