@@ -112,7 +112,10 @@ class Random:
         rng = np.random.default_rng(zlib.crc32(self._name.encode()))
         if self.dtype.kind == "i":
             return np.array(7, self.dtype)
-        return (0.1 * rng.standard_normal(self.shape, np.float32)).astype(self.dtype)
+        values = 0.1 * rng.standard_normal(self.shape, np.float32)
+        if self._name.endswith("running_var"):
+            values = 1 + np.abs(values)
+        return values.astype(self.dtype)
 
 
 def write_whole(path: pathlib.Path, sizes: Sizes) -> pathlib.Path:
