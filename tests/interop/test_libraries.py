@@ -4,6 +4,7 @@ The small models that `tests/golden` holds are tested without any of them; here 
 """
 
 import functools
+import json
 import pathlib
 
 import jax
@@ -104,6 +105,9 @@ def test_archives_as_openai_makes_them_read_like_the_state(tmp_path):
     assert file.kind == "TorchScript"
     for name, value in state.items():
         np.testing.assert_array_equal(file.tensors[name].read(), value.numpy(), err_msg=name)
+    # What open_clip says of another model in the same folder is not said of it.
+    settings = model.settings | {"quick_gelu": False}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": settings}))
     loaded = assert_embeds_alike(tmp_path / "ViT.pt", model, sizes)
     assert loaded.config.model.activation == "quick_gelu"
 
