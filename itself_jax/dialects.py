@@ -412,10 +412,18 @@ def stated(settings: Mapping[str, Any]) -> Stated | None:
     What equals the library's default may be left out of the file, so its defaults are filled in.
     """
     if isinstance(settings.get("model_cfg"), Mapping):
-        return _stated_by_open_clip(settings["model_cfg"])
-    if any(isinstance(settings.get(f"{tower}_config"), Mapping) for tower in ("vision", "text")):
-        return _stated_by_hugging_face(settings)
-    return None
+        found = _stated_by_open_clip(settings["model_cfg"])
+    elif any(isinstance(settings.get(f"{tower}_config"), Mapping) for tower in ("vision", "text")):
+        found = _stated_by_hugging_face(settings)
+    else:
+        return None
+    for tower in ("vision", "text"):
+        heads = found.values[f"model.{tower}_heads"]
+        if found.objection is None and not (type(heads) is int and heads > 0):
+            found = found._replace(
+                objection=f"that {tower} has {heads!r} heads, which is no number"
+            )
+    return found
 
 
 def _stated_by_hugging_face(settings: Mapping[str, Any]) -> Stated:

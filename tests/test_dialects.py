@@ -284,6 +284,9 @@ def test_open_clip_may_say_its_defaults_and_that_its_text_tower_is_custom():
     "config, message",
     [
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act=gelu, quick_gelu"),
+        ({"vision_config": {"num_attention_heads": True}}, "that vision has True heads"),
+        ({"text_config": {"num_attention_heads": "8"}}, "that text has '8' heads"),
+        ({"model_cfg": {"text_cfg": {"heads": 0}}}, "that text has 0 heads"),
         ({"vision_config": {"layer_norm_eps": 1e-6}}, "vision_config.layer_norm_eps=1e-06"),
         ({"model_cfg": {"vision_cfg": {"timm_model_name": "vit"}}}, "timm_model_name"),
         ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "pool_type"),
