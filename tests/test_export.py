@@ -423,6 +423,13 @@ def test_an_existing_export_is_replaced_when_told_so(run, tmp_path, unwritten):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_weights_are_opened_once(run, tmp_path, unwritten, monkeypatch):
+    opened, open_ = [], weights.open_
+    monkeypatch.setattr(weights, "open_", lambda *given: opened.append(given) or open_(*given))
+    exporting.export(run, tmp_path / "out", quiet)
+    assert len(opened) == 1
+
+
 def test_force_replaces_nothing_but_an_export(run, tmp_path, unwritten):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
