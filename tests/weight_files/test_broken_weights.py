@@ -488,7 +488,7 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path):
 def test_what_cannot_be_opened_is_refused(tmp_path, monkeypatch):
     with pytest.raises(weight_files.WeightFileError, match="cannot be read: No such file"):
         weight_files.read(tmp_path / "missing.pth")
-    with pytest.raises(weight_files.WeightFileError, match="cannot be read: embedded null byte"):
+    with pytest.raises(weight_files.WeightFileError, match="cannot be read: .*embedded null"):
         weight_files.read("a\0b")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(weight_files.WeightFileError, match="is not a regular file"):
