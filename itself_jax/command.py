@@ -1,13 +1,19 @@
 """What all commands have in common: exit codes, plain lines, and the one sentence of an error."""
 
+import contextlib
+import errno
 import os
 import pathlib
 import re
 import shutil
+import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
+
+from itself_jax import config as config_lib
 
 FAILED, REJECTED, INTERRUPTED = 1, 2, 75  # 0: done
 
@@ -27,6 +33,35 @@ def stop(code: int, reason: object) -> NoReturn:
     sys.exit(code)
 
 
+def parsed(argv: Sequence[str], check: Callable[[list[str]], object]) -> list[str]:
+    """Parses the command line; a rejected flag ends the program with 2 and one sentence.
+
+    check: takes the program's name and what follows the flags; may raise `flags.Error`.
+    """
+    try:
+        rest = flags.FLAGS(list(argv))
+        check(rest)
+        return rest
+    except flags.Error as error:
+        stop(REJECTED, error)
+
+
+def run(work: Callable[[], object], *, debug: bool) -> None:
+    """Runs what writes all or nothing; every way out but success is an exit code and a sentence."""
+    logging.set_verbosity(logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        work()
+    except KeyboardInterrupt:
+        stop(FAILED, "stopped; nothing was written")
+    except config_lib.ConfigError as error:
+        stop(REJECTED, error)
+    except Exception as error:
+        if debug:
+            raise
+        stop(FAILED, error)
+
+
 def picture_size(flag: str, value: str | None) -> tuple[int, int] | None:
     """HEIGHTxWIDTH of a flag; None where it is not given.
 
@@ -39,6 +74,24 @@ def picture_size(flag: str, value: str | None) -> tuple[int, int] | None:
     if found is None:
         raise flags.Error(f"--{flag}={value} must be HEIGHTxWIDTH in pixels, e.g. 384x128")
     return int(found[1]), int(found[2])
+
+
+@contextlib.contextmanager
+def folders_above(path: pathlib.Path) -> Iterator[None]:
+    """Makes the folders above `path`; those that were not there go again if the work fails."""
+    missing = [folder for folder in path.parents if not folder.exists()]  # the innermost first
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:  # which says nothing of what is wrong
+            reason = os.strerror(errno.ENOTDIR)
+            raise NotADirectoryError(errno.ENOTDIR, reason, error.filename) from error
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+        raise
 
 
 def move(temporary: pathlib.Path, path: pathlib.Path) -> None:

@@ -19,6 +19,9 @@ import ml_collections
 _SIZES = ("width", "depth", "heads")
 SALIENCY_SOURCES = ("mars", "last", "layer:K", "mean", "std", "min_mean", "min_std")
 DATASETS = ("synthetic", "cuhk_pedes", "icfg_pedes", "rstp_reid", "jsonl")
+ACTIVATIONS = ("quick_gelu", "gelu")
+CLIP_ACTIVATION = "quick_gelu"  # of CLIP, where nothing else is said
+CLIP_HEAD_WIDTH = 64  # of every CLIP of OpenAI
 HELD_OUT = ("icfg_pedes", "jsonl")  # may have no val of their own: some of train is held out
 
 
@@ -397,7 +400,7 @@ def _validate(config: Config) -> None:
     one_of("precision", config.precision, (None, "float32", "bfloat16"))
     one_of("sharding", config.sharding, ("replicated", "fsdp"))
     one_of("remat", config.remat, ("none", "dots", "block"))
-    one_of("model.activation", model.activation, (None, "quick_gelu", "gelu"))
+    one_of("model.activation", model.activation, (None, *ACTIVATIONS))
     one_of("loss.mismatch_label", config.loss.mismatch_label, ("batch_max", "extra_class"))
     one_of("eval.protocol", config.eval.protocol, ("val", "paper"))
     one_of("eval.captions", config.eval.captions, ("all", "single"))

@@ -1,16 +1,15 @@
 """Converts weights: `python -m itself_jax.convert SRC DST`, with a report of every array.
 
 SRC is anything that `config.init_from` takes. The ending of DST says what is written: `.pth` or
-`.pt` (PyTorch), `.safetensors`, `.npz`; a name without one of these becomes a folder with an Orbax
-checkpoint. `--check` reports without writing. Exit codes: 0 done; 1 failed, with one sentence and
-nothing left behind; 2 flag rejected.
+`.pt` (PyTorch), `.safetensors`, `.npz`; a name without an ending becomes a folder with an Orbax
+checkpoint. `--check` reads everything and reports without writing. Exit codes: 0 done; 1 failed,
+with one sentence and nothing left behind; 2 flag or DST rejected.
 """
 
-import signal
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from itself_jax import command, converting, dialects
 from itself_jax import config as config_lib
@@ -19,9 +18,9 @@ _CHECK = flags.DEFINE_bool("check", False, "Print the report; write nothing.")
 _FORCE = flags.DEFINE_bool("force", False, "Replace an existing DST.")
 _LAYOUT = flags.DEFINE_enum(
     "layout",
-    "published",
+    None,
     list(dialects.WRITABLE),
-    "Names in a file: of the published ITSELF code, or OpenAI's (CLIP's part alone).",
+    "Names in a file: of the published ITSELF code [default], or OpenAI's (CLIP's part alone).",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -30,7 +29,7 @@ _DTYPE = flags.DEFINE_enum(
     "Number type in a file: float32, or float16 where the published code has it [.pth, .pt].",
 )
 _ACTIVATION = flags.DEFINE_enum(
-    "activation", None, ["quick_gelu", "gelu"], "Overrides what SRC says, or does not say."
+    "activation", None, config_lib.ACTIVATIONS, "Overrides what SRC says, or does not say."
 )
 _IMAGE_SIZE = flags.DEFINE_string(
     "image_size", None, "HxW that SRC was trained with, where its positions leave that open."
@@ -45,8 +44,8 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag ends the program with 2 and one sentence."""
-    try:
-        rest = flags.FLAGS(list(argv))
+
+    def check(rest: list[str]) -> None:
         wanted = (2, 3) if _CHECK.value else (3,)
         if len(rest) not in wanted:
             raise flags.Error(
@@ -54,34 +53,33 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 f"expected, got {len(rest) - 1} names: python -m itself_jax.convert SRC DST"
             )
         _given()
-        return rest
-    except flags.Error as error:
-        command.stop(command.REJECTED, error)
+        if not _CHECK.value:
+            try:
+                converting.ending(rest[2], layout=_LAYOUT.value, dtype=_DTYPE.value)
+            except converting.DestinationError as error:
+                raise flags.Error(str(error)) from error
+
+    return command.parsed(argv, check)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command; every way out but success is an exit code and a sentence."""
-    logging.set_verbosity(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        source = converting.examine(argv[1], command.say, _given())
-        if not _CHECK.value:
-            converting.write(
-                source,
-                argv[2],
-                command.say,
-                layout=_LAYOUT.value,
-                dtype=_DTYPE.value,
-                force=_FORCE.value,
-            )
-    except KeyboardInterrupt:
-        command.stop(command.FAILED, "stopped; nothing was written")
-    except config_lib.ConfigError as error:
-        command.stop(command.REJECTED, error)
-    except Exception as error:
-        if _DEBUG.value:
-            raise
-        command.stop(command.FAILED, error)
+    command.run(lambda: _convert(*argv[1:]), debug=_DEBUG.value)
+
+
+def _convert(source: str, path: str | None = None) -> None:
+    examined = converting.examine(source, command.say, _given())
+    if _CHECK.value:
+        converting.verify(examined, command.say)
+        return
+    converting.write(
+        examined,
+        path,
+        command.say,
+        layout=_LAYOUT.value,
+        dtype=_DTYPE.value,
+        force=_FORCE.value,
+    )
 
 
 def _given() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from itself_jax import config as config_lib
 from itself_jax.models import itself
 
 _TORCH = (".pth", ".pt")
+_ENDINGS = (*_TORCH, ".safetensors", ".npz")
+_FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 
 # sha256 of the files that OpenAI publishes.
 _KNOWN = {
@@ -25,6 +28,10 @@ _KNOWN = {
     "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836": "OpenAI's ViT-L/14",
     "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02": "OpenAI's ViT-L/14@336px",
 }
+
+
+class DestinationError(weights.WeightsError):
+    """Nothing can be written under a name, or not so; a sentence for the user."""
 
 
 class Source(NamedTuple):
@@ -48,7 +55,8 @@ def examine(
 
     Its last lines are norms of the embeddings of a fixed picture and sentence: who gets the same
     ones has the same model. `given` are flat config keys that the weights do not say, or say
-    wrongly: "model.activation", "model.image_size", "model.stride".
+    wrongly: "model.activation", "model.image_size", "model.stride", "model.vision_heads" and
+    "model.text_heads".
 
     Raises:
       WeightsError, WeightFileError, CheckpointError, ConfigError: they cannot be used.
@@ -62,7 +70,7 @@ def examine(
     if not known:
         given["model.image_size"] = fitting.picture_in_a_row(found)
     base = found.config or config_lib.Config()
-    config = fitting.resolve(base, found, log, training=True, changes=given)
+    config = fitting.resolve(base, found, log, training=True, changes=given, ask=encoders.HEADS)
     rows, columns = config.model.grid
     positions = found.arrays[weights.IMAGE_POSITIONS].shape[0] - 1
     if rows * columns != positions:
@@ -122,22 +130,68 @@ def report(source: Source) -> list[str]:
     return lines
 
 
+def verify(source: Source, log: Callable[[str], None]) -> None:
+    """Reads every array, as `write` would.
+
+    Raises:
+      WeightsError: one holds NaN, infinity or no numbers that a weight can have.
+      WeightFileError: the file is damaged.
+    """
+    for name, array in source.weights.arrays.items():
+        weights.read(source.weights, name, array)
+    log(f"values       of all {len(source.weights.arrays)} parameters and statistics are finite")
+
+
+def ending(path: str | os.PathLike, *, layout: str | None, dtype: str | None) -> str:
+    """What kind of file a destination becomes, ".pth" and so on; "" for a folder.
+
+    Raises:
+      DestinationError: an ending of nothing that can be written, or a layout or number type for a
+        folder, which has neither.
+    """
+    path, known = pathlib.Path(path), ", ".join(_ENDINGS)
+    found = path.suffix.lower()
+    if found in _ENDINGS:
+        return found
+    if re.fullmatch(r"\.[a-z]\w*", found):  # no part of a version or a date
+        raise DestinationError(
+            f"{path} ends in {path.suffix}, as no file that can be written does: end it in one of "
+            f"{known}, or give a name without an ending, which becomes a folder."
+        )
+    for flag, value in (("layout", layout), ("dtype", dtype)):
+        if value is not None:
+            raise DestinationError(
+                f"--{flag}={value} is for files, but {path} becomes a folder with our own names in "
+                f"float32: leave it out, or end DST in one of {known}."
+            )
+    return ""
+
+
 def write(
     source: Source,
     path: str | os.PathLike,
     log: Callable[[str], None],
     *,
-    layout: str = "published",
+    layout: str | None = None,
     dtype: str | None = None,
     force: bool = False,
 ) -> pathlib.Path:
     """Writes weights as the ending of `path` says; a reader never sees half of them.
+
+    Args:
+      source: what `examine` returned.
+      path: ".pth", ".pt", ".safetensors" or ".npz"; a folder without an ending.
+      log: takes one line for everything that was decided.
+      layout: names in a file, "published" [default] or "openai".
+      dtype: in a file, "float32" or "published"; default: the latter in a published `.pth`.
+      force: replaces what is there.
 
     Raises:
       WeightsError: the destination is in the way, or a value does not fit into float16.
       WeightFileError, CheckpointError: it cannot be written; nothing is left behind.
     """
     path = pathlib.Path(path).expanduser()
+    kind = ending(path, layout=layout, dtype=dtype)
     if path.exists() and not force:
         raise weights.WeightsError(
             f"{path} exists already: give another DST, or --force to replace it."
@@ -147,39 +201,69 @@ def write(
             f"{path} is a folder that no conversion wrote, so that --force does not replace it: "
             "remove it yourself, or give another DST."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = source.weights
     arrays = {name: _Checked(found, name, array) for name, array in found.arrays.items()}
-    description = weights.describe(found, source.config)
-    if path.suffix not in (*_TORCH, ".safetensors", ".npz"):
-        _write_checkpoint(source, path, arrays, description, log)
-        log(f"Written to {path}, as float32: use it with --config.init_from={path}")
-        return path
+    try:
+        with command.folders_above(path):
+            if kind:
+                _write_file(source, path, kind, arrays, layout or "published", dtype, force, log)
+            else:
+                _write_checkpoint(source, path, arrays, log)
+    except OSError as error:
+        raise weights.WeightsError(
+            f"{path} cannot be written ({error.strerror or error}); free space there, or choose "
+            "another DST."
+        ) from error
+    return path
+
+
+def _write_file(
+    source: Source,
+    path: pathlib.Path,
+    kind: str,
+    arrays: Mapping[str, dialects.Array],
+    layout: str,
+    dtype: str | None,
+    force: bool,
+    log: Callable[[str], None],
+) -> None:
+    """One file of the given kind, under the names of a layout."""
+    found = source.weights
     try:
         named, left_out = dialects.write(arrays, dialects.WRITABLE[layout])
     except dialects.DialectError as error:
         raise weights.WeightsError(
             f"{found.source} cannot be written to {path}: {error}."
         ) from error
+    if layout == "openai":
+        # A parameter of OpenAI's model, whose loader is strict; the published code has none.
+        scale = found.meta.get(weights.LOGIT_SCALE)
+        if scale is None:
+            scale = _FIRST_LOGIT_SCALE
+            log(
+                f"logit_scale  {scale:.4f}, with which CLIP's training begins: {found.source} has "
+                "none, and OpenAI's loader asks for one"
+            )
+        named[weights.LOGIT_SCALE] = _Number(scale)
     if dtype is None:
-        dtype = "published" if path.suffix in _TORCH and layout == "published" else "float32"
+        dtype = "published" if kind in _TORCH and layout == "published" else "float32"
     rounding = _Rounding(path)
     stored = {
         name: _Stored(name, array, dtype == "published", rounding) for name, array in named.items()
     }
-    note = json.dumps(description)
-    if path.suffix in _TORCH and layout == "openai":
+    note = json.dumps(weights.describe(found, source.config))
+    if kind in _TORCH and layout == "openai":
         # OpenAI's program takes the names and nothing else.
         weight_files.write_torch(path, stored, wrap=None, force=force)
         for line in _unsaid(source):
             log(line)
-    elif path.suffix in _TORCH:
+    elif kind in _TORCH:
         # What the published program writes beside the model.
         progress = {key: found.meta.get(key, 0) for key in ("num_epoch", "iteration", "epoch")}
         weight_files.write_torch(
             path, stored, extra={**progress, weights.DESCRIPTION: note}, force=force
         )
-    elif path.suffix == ".npz":
+    elif kind == ".npz":
         weight_files.write_npz(path, stored, metadata={weights.DESCRIPTION: note}, force=force)
     else:
         metadata = {weights.DESCRIPTION: note}
@@ -193,16 +277,15 @@ def write(
         )
     names = dialects.WRITABLE[layout].name
     log(f"Written to {path}: {len(stored)} arrays under the names of {names}")
-    return path
 
 
 def _unsaid(source: Source) -> list[str]:
     """What a file of names alone lets its reader guess wrongly."""
     model = source.config.model
     by_rule = {
-        "activation": "quick_gelu",
-        "vision_heads": model.vision_width // 64,
-        "text_heads": model.text_width // 64,
+        "activation": config_lib.CLIP_ACTIVATION,
+        "vision_heads": model.vision_width // config_lib.CLIP_HEAD_WIDTH,
+        "text_heads": model.text_width // config_lib.CLIP_HEAD_WIDTH,
     }
     wrong = [f"{k} {getattr(model, k)}" for k, v in by_rule.items() if getattr(model, k) != v]
     if not wrong:
@@ -220,6 +303,17 @@ class _Checked:
 
     def read(self) -> np.ndarray:
         return weights.read(self._found, self._name, self._array)
+
+
+class _Number:
+    """A lone number as an array."""
+
+    def __init__(self, value: float):
+        self._value = np.array(value, np.float32)
+        self.shape, self.dtype = self._value.shape, self._value.dtype
+
+    def read(self) -> np.ndarray:
+        return self._value
 
 
 class _Rounding:
@@ -299,7 +393,6 @@ def _write_checkpoint(
     source: Source,
     path: pathlib.Path,
     arrays: Mapping[str, dialects.Array],
-    description: Mapping[str, Any],
     log: Callable[[str], None],
 ) -> None:
     """A folder with one Orbax checkpoint of parameters and BatchNorm statistics."""
@@ -310,19 +403,16 @@ def _write_checkpoint(
         for folder in folders:
             node = node.setdefault(folder, {})
         node[leaf] = jax.device_put(array.read())  # Orbax copies NumPy arrays, but not these
-    meta = {"score": None, weights.DESCRIPTION: dict(description), "kind": source.weights.kind}
+    description = weights.describe(source.weights, source.config)
+    meta = {"score": None, weights.DESCRIPTION: description, "kind": source.weights.kind}
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with checkpoint.Checkpoints(temporary / "checkpoints", log=log) as checkpoints:
             checkpoints.save(source.weights.meta.get("iteration", 0), state, meta)
         command.move(temporary, path)
-    except OSError as error:
-        raise weights.WeightsError(
-            f"{path} cannot be written ({error.strerror or error}); free space there, or choose "
-            "another DST."
-        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    log(f"Written to {path}, as float32: use it with --config.init_from={path}")
 
 
 def _is_conversion(folder: pathlib.Path) -> bool:

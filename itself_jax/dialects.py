@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from itself_jax import config as config_lib
+
 PARAMS, STATS = "params/", "batch_stats/"
 _IMAGE, _TEXT = "params/image_encoder/", "params/text_encoder/"
 # How an array lies in the file against ours. A linear layer's weight is (out, in) in PyTorch and
@@ -65,13 +67,15 @@ class Dialect(NamedTuple):
 
     signature: names that all must be there to recognise it.
     activation: what its models use where the file does not say.
+    settings: the JSON file in which its library says what arrays do not; None: it has none.
     """
 
     name: str
     signature: tuple[str, ...]
     rules: tuple[Map | Drop, ...]
     absent: tuple[Absent, ...]
-    activation: str = "quick_gelu"
+    activation: str = config_lib.CLIP_ACTIVATION
+    settings: str | None = None
 
 
 class Mapped(NamedTuple):
@@ -183,6 +187,8 @@ def _grab(theirs: str, ours: str, skip: str) -> tuple[Map, ...]:
     )
 
 
+_OPEN_CLIP_SETTINGS, _HUGGING_FACE_SETTINGS = "open_clip_config.json", "config.json"
+
 _TEMPERATURE = Drop(r"(base_model\.)?logit_scale", "the losses have no learnt temperature")
 _CONSTANTS = Drop("input_resolution|context_length|vocab_size", "a constant of OpenAI's archives")
 _BUFFERS = Drop(r"(.*\.)?(position_ids|attn_mask)", "a constant buffer")
@@ -214,6 +220,7 @@ OPENAI = Dialect(
     ("visual.conv1.weight", "token_embedding.weight"),
     (*_clip(""), _TEMPERATURE, _CONSTANTS, _BUFFERS),
     (_NO_LOCAL, _NO_HEADS),
+    settings=_OPEN_CLIP_SETTINGS,
 )
 
 _CUSTOM_TEXT = Dialect(
@@ -222,6 +229,7 @@ _CUSTOM_TEXT = Dialect(
     (*_clip("", text="text."), _TEMPERATURE, _BUFFERS),
     (_NO_LOCAL, _NO_HEADS),
     activation="gelu",
+    settings=_OPEN_CLIP_SETTINGS,
 )
 
 _HUGGING_FACE = Dialect(
@@ -251,6 +259,7 @@ _HUGGING_FACE = Dialect(
         _BUFFERS,
     ),
     (_NO_LOCAL, _NO_HEADS),
+    settings=_HUGGING_FACE_SETTINGS,
 )
 
 _RDE = Dialect(
@@ -385,66 +394,130 @@ def write(arrays: Mapping[str, Array], dialect: Dialect) -> tuple[dict[str, Arra
     return {name: array for _, name, array in written}, left_out
 
 
-def stated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a Hugging Face `config.json` or an `open_clip_config.json` says that arrays do not.
+class Stated(NamedTuple):
+    """What a JSON file of settings says of a model.
 
-    Returns:
-      "model.vision_heads", "model.text_heads" and "model.activation"; {} where it says nothing.
-
-    Raises:
-      DialectError: it describes a model that is computed in another way than CLIP.
+    values: flat keys of our configuration: heads and activation, which arrays do not say, and
+      widths, depths and so on, which must agree with them.
+    objection: why the model is computed in another way than CLIP; None: it is not.
     """
-    if "model_cfg" in config:
-        return _stated_by_open_clip(config)
-    if "vision_config" in config or "text_config" in config:
-        return _stated_by_hugging_face(config)
-    return {}
+
+    values: dict[str, Any]
+    objection: str | None
 
 
-def _stated_by_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
-    # A value that equals the library's default may be left out of the file.
-    found, activations = {}, set()
-    for tower, heads in (("vision", 12), ("text", 8)):
-        part = config.get(f"{tower}_config") or {}
-        found[f"model.{tower}_heads"] = part.get("num_attention_heads", heads)
-        activations.add(part.get("hidden_act", "quick_gelu"))
-        if (epsilon := part.get("layer_norm_eps", 1e-5)) != 1e-5:
-            raise DialectError(
-                f"its config.json says {tower}_config.layer_norm_eps={epsilon}, but CLIP's 1e-05 "
-                "is computed with here"
+def stated(settings: Mapping[str, Any]) -> Stated | None:
+    """Reads a Hugging Face `config.json` or an `open_clip_config.json`; None: it is neither.
+
+    What equals the library's default may be left out of the file, so its defaults are filled in.
+    """
+    if isinstance(settings.get("model_cfg"), Mapping):
+        found = _stated_by_open_clip(settings["model_cfg"])
+    elif any(isinstance(settings.get(f"{tower}_config"), Mapping) for tower in ("vision", "text")):
+        found = _stated_by_hugging_face(settings)
+    else:
+        return None
+    for tower in ("vision", "text"):
+        heads = found.values[f"model.{tower}_heads"]
+        if found.objection is None and not (type(heads) is int and heads > 0):
+            found = found._replace(
+                objection=f"that {tower} has {heads!r} heads, which is no number"
             )
-    if activations not in ({"quick_gelu"}, {"gelu"}):
-        raise DialectError(
-            f"its config.json says hidden_act={', '.join(sorted(activations))}, but both towers "
-            "must have quick_gelu, or both gelu"
+    return found
+
+
+def _stated_by_hugging_face(settings: Mapping[str, Any]) -> Stated:
+    towers = {}
+    for tower in ("vision", "text"):
+        # Old files have what differs from the default in a second place, which counts.
+        parts = (settings.get(f"{tower}_config{end}") for end in ("", "_dict"))
+        towers[tower] = {k: v for part in parts for k, v in _mapping(part).items()}
+    vision, text = towers["vision"], towers["text"]
+    values = {
+        "model.patch_size": vision.get("patch_size", 32),
+        "model.vision_width": vision.get("hidden_size", 768),
+        "model.vision_depth": vision.get("num_hidden_layers", 12),
+        "model.vision_heads": vision.get("num_attention_heads", 12),
+        "model.text_width": text.get("hidden_size", 512),
+        "model.text_depth": text.get("num_hidden_layers", 12),
+        "model.text_heads": text.get("num_attention_heads", 8),
+        "model.vocab_size": text.get("vocab_size", 49408),
+        "model.embed_dim": settings.get("projection_dim", 512),
+    }
+    objection = None
+    for tower, part in towers.items():
+        if (epsilon := part.get("layer_norm_eps", 1e-5)) != 1e-5:
+            objection = (
+                f"{tower}_config.layer_norm_eps={epsilon}, but CLIP's 1e-05 is computed with"
+            )
+    used = {str(part.get("hidden_act", "quick_gelu")) for part in towers.values()}
+    if len(used) == 1 and used <= {*config_lib.ACTIVATIONS}:
+        values["model.activation"] = used.pop()
+    else:
+        objection = (
+            f"hidden_act={', '.join(sorted(used))}, but both towers must have quick_gelu, or both "
+            "gelu,"
         )
-    return found | {"model.activation": activations.pop()}
+    return Stated(values, objection and f"{objection} here")
 
 
-# What open_clip may say of a model without meaning another computation than CLIP's.
+# What open_clip may say of a model without meaning another computation than CLIP's: anything, or
+# one value.
+_ANY = object()
 _OPEN_CLIP_PLAIN = {
-    "model_cfg": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"},
-    "vision_cfg": {"image_size", "layers", "width", "patch_size", "head_width", "patch_dropout"},
-    "text_cfg": {"context_length", "vocab_size", "width", "heads", "layers"},
+    "model_cfg": {
+        **dict.fromkeys(("embed_dim", "vision_cfg", "text_cfg", "quick_gelu"), _ANY),
+        # How arrays are called, and of what the losses here have none.
+        **dict.fromkeys(("custom_text", "init_logit_scale", "nonscalar_logit_scale"), _ANY),
+    },
+    "vision_cfg": {
+        **dict.fromkeys(("image_size", "layers", "width", "patch_size", "head_width"), _ANY),
+        **{"patch_dropout": _ANY, "mlp_ratio": 4.0, "pool_type": "tok"},
+        "pos_embed_type": "learnable",
+    },
+    "text_cfg": {
+        **dict.fromkeys(("context_length", "vocab_size", "width", "heads", "layers"), _ANY),
+        **{"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", "eos_id": 2},
+    },
 }
 
 
-def _stated_by_open_clip(config: Mapping[str, Any]) -> dict[str, Any]:
-    model = config["model_cfg"]
-    vision, text = model.get("vision_cfg") or {}, model.get("text_cfg") or {}
+def _stated_by_open_clip(model: Mapping[str, Any]) -> Stated:
+    vision, text = _mapping(model.get("vision_cfg")), _mapping(model.get("text_cfg"))
+    objection = None
     for name, part in (("model_cfg", model), ("vision_cfg", vision), ("text_cfg", text)):
-        other = {key: part[key] for key in part.keys() - _OPEN_CLIP_PLAIN[name] if part[key]}
+        plain = _OPEN_CLIP_PLAIN[name]
+        other = {
+            key: value
+            for key, value in part.items()
+            if value and plain.get(key, False) not in (_ANY, value)
+        }
         if other:
-            raise DialectError(
-                f"its open_clip_config.json says {name}={other}, which is no plain CLIP and is not "
-                "computed here"
-            )
-    head_width = vision.get("head_width") or 64
-    return {
-        "model.vision_heads": vision["width"] // head_width if "width" in vision else None,
-        "model.text_heads": text.get("heads"),
+            objection = f"{name}={other}, which is no plain CLIP and is not computed here"
+    width, head_width = vision.get("width", 768), vision.get("head_width", 64)
+    heads = None
+    if type(width) is type(head_width) is int and 0 < head_width <= width:
+        heads = width // head_width
+    else:
+        objection = f"vision_cfg.head_width={head_width!r} of a width of {width!r}"
+    values = {
+        "model.patch_size": vision.get("patch_size", 16),
+        "model.vision_width": width,
+        "model.vision_depth": vision.get("layers", 12),
+        "model.vision_heads": heads,
+        "model.text_width": text.get("width", 512),
+        "model.text_depth": text.get("layers", 12),
+        "model.text_heads": text.get("heads", 8),
+        "model.vocab_size": text.get("vocab_size", 49408),
         "model.activation": "quick_gelu" if model.get("quick_gelu") else "gelu",
     }
+    if "embed_dim" in model:  # has no default
+        values["model.embed_dim"] = model["embed_dim"]
+    return Stated(values, objection)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def spell(dialect: Dialect, path: str) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """A trained model ready for use: pictures and sentences in, NumPy embeddings out."""
 
 import os
-from collections.abc import Callable
+import pathlib
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ from itself_jax.data import images as image_files
 from itself_jax.data import records, tokenizer
 from itself_jax.models import itself
 
+# How heads are set here and on the command lines that use this module.
+HEADS = "{tower}_heads (on a command line --{tower}_heads)"
+
 
 class Encoders:
     """Both encoders of one model; `load` makes it.
@@ -22,14 +27,30 @@ class Encoders:
       config: the settings in force; `config.model.image_size`, `config.local` and so on.
       variables: "params" and "batch_stats" as the model takes them, without classifiers.
       training: the pure functions `encode_images` and `encode_captions` that the methods compile.
+      source: where the weights were read; None: they were made here.
+      kind: what they are, in words.
+      meta: what is known of their training, as `weights.Weights` has it.
     """
 
     def __init__(
-        self, config: config_lib.Config, variables: dict[str, Any], training: step.Training
+        self,
+        config: config_lib.Config,
+        variables: dict[str, Any],
+        training: step.Training,
+        *,
+        source: pathlib.Path | None = None,
+        kind: str = "made here",
+        meta: Mapping[str, Any] = types.MappingProxyType({}),
     ):
         self.config, self.variables, self.training = config, variables, training
+        self.source, self.kind, self.meta = source, kind, meta
         self._encode_images = jax.jit(training.encode_images)
         self._encode_captions = jax.jit(training.encode_captions)
+
+    @property
+    def alpha(self) -> float | None:
+        """The fusion weight α that the run chose: 1.0 without a local branch, None if unknown."""
+        return self.meta.get("best_alpha") if self.config.local.enabled else 1.0
 
     def encode_image(self, images: Any) -> itself.Embedding:
         """Embeds a list of pictures: paths, PIL images, or uint8 RGB arrays (height, width, 3).
@@ -40,7 +61,7 @@ class Encoders:
         Returns:
           `global_` (n, D) and `local` (n, M), or None without a local branch: float32, not
           normalised. The similarity of a sentence and a picture is α·cos of the global pair +
-          (1 − α)·cos of the local one.
+          (1 − α)·cos of the local one; `alpha` is that of the run.
 
         Raises:
           DataError: a file cannot be read as a picture; it is named.
@@ -98,6 +119,8 @@ def load(
     image_size: tuple[int, int] | None = None,
     stride: int | None = None,
     text_length: int | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
     activation: str | None = None,
     precision: str | None = None,
     batch_size: int = 32,
@@ -114,6 +137,9 @@ def load(
       image_size: (height, width) that pictures are resized to; positions follow.
       stride: pixels between patches.
       text_length: ids of a caption, SOT and EOT included.
+      vision_heads: attention heads of the image encoder, where the weights do not say them (or
+        wrongly, by CLIP's rule of one for each 64 of the width).
+      text_heads: of the text encoder.
       activation: "quick_gelu" or "gelu", where the weights say it wrongly or not at all.
       precision: compute type, "float32" or "bfloat16"; None: as the device does best.
       batch_size: pictures or sentences that are encoded at a time.
@@ -130,6 +156,8 @@ def load(
         "model.image_size": image_size,
         "model.stride": stride,
         "model.text_length": text_length,
+        "model.vision_heads": vision_heads,
+        "model.text_heads": text_heads,
         "model.activation": activation,
         "precision": precision,
         "eval.batch_size": batch_size,
@@ -140,6 +168,7 @@ def load(
         log,
         training=False,
         changes=changes | {key: value for key, value in given.items() if value is not None},
+        ask=HEADS,
     )
     return of_weights(found, config, log)
 
@@ -155,7 +184,10 @@ def of_weights(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         fitting.encoders_only({"params": state.params, "batch_stats": state.batch_stats}),
     )
-    return Encoders(config, fitting.fit(found, template, config.model, log), training)
+    variables = fitting.fit(found, template, config.model, log)
+    return Encoders(
+        config, variables, training, source=found.source, kind=found.kind, meta=found.meta
+    )
 
 
 def _pixels(picture: Any, index: int, size: tuple[int, int]) -> np.ndarray:

@@ -6,11 +6,10 @@ becomes a folder with StableHLO and ONNX files and what is needed to use them wi
 2 flag or setting rejected.
 """
 
-import signal
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from itself_jax import command, exporting
 from itself_jax import config as config_lib
@@ -24,8 +23,12 @@ _STRIDE = flags.DEFINE_integer("stride", None, "Pixels between patches.", lower_
 _TEXT_LENGTH = flags.DEFINE_integer(
     "text_length", None, "Ids of a caption, start and end included.", lower_bound=3
 )
+_VISION_HEADS = flags.DEFINE_integer(
+    "vision_heads", None, "Of SRC, where it does not say them.", lower_bound=1
+)
+_TEXT_HEADS = flags.DEFINE_integer("text_heads", None, "As --vision_heads.", lower_bound=1)
 _ACTIVATION = flags.DEFINE_enum(
-    "activation", None, ["quick_gelu", "gelu"], "Overrides what SRC says, or does not say."
+    "activation", None, config_lib.ACTIVATIONS, "Overrides what SRC says, or does not say."
 )
 _PRECISION = flags.DEFINE_enum(
     "precision", "float32", list(exporting.TOLERANCES), "Compute type; ONNX has float32 only."
@@ -35,8 +38,8 @@ _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag ends the program with 2 and one sentence."""
-    try:
-        rest = flags.FLAGS(list(argv))
+
+    def check(rest: list[str]) -> None:
         if len(rest) != 3:
             raise flags.Error(
                 f"SRC and DST expected, got {len(rest) - 1} names: "
@@ -50,16 +53,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if "onnx" in formats and _PRECISION.value != "float32":
             raise flags.Error(f"--precision={_PRECISION.value} needs --formats=stablehlo")
         _options()
-        return rest
-    except flags.Error as error:
-        command.stop(command.REJECTED, error)
+
+    return command.parsed(argv, check)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the command; every way out but success is an exit code and a sentence."""
-    logging.set_verbosity(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+
+    def work() -> None:
         exporting.export(
             argv[1],
             argv[2],
@@ -68,14 +69,8 @@ def main(argv: Sequence[str]) -> None:
             force=_FORCE.value,
             **_options(),
         )
-    except KeyboardInterrupt:
-        command.stop(command.FAILED, "stopped; nothing was written")
-    except config_lib.ConfigError as error:
-        command.stop(command.REJECTED, error)
-    except Exception as error:
-        if _DEBUG.value:
-            raise
-        command.stop(command.FAILED, error)
+
+    command.run(work, debug=_DEBUG.value)
 
 
 def _options() -> dict[str, Any]:
@@ -84,6 +79,8 @@ def _options() -> dict[str, Any]:
         "image_size": command.picture_size("image_size", _IMAGE_SIZE.value),
         "stride": _STRIDE.value,
         "text_length": _TEXT_LENGTH.value,
+        "vision_heads": _VISION_HEADS.value,
+        "text_heads": _TEXT_HEADS.value,
         "activation": _ACTIVATION.value,
         "precision": _PRECISION.value,
     }

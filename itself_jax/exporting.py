@@ -105,13 +105,11 @@ def export(
     _require(formats)
     _check_place(path, force)
     ready = encoders.load(source, log=log, **options)
-    # Once more, because the encoders do not carry what is known of their training.
-    found = weights.open_(source, lambda line: None)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir()
         parity = write(ready, temporary, log, formats=formats)
-        settings = describe(ready, found, parity)
+        settings = describe(ready, parity)
         _write_json(temporary / SETTINGS, settings)
         if "onnx" in formats:
             shutil.copyfile(_EXAMPLE, temporary / "example.py")
@@ -172,9 +170,7 @@ def write(
     return parity
 
 
-def describe(
-    ready: encoders.Encoders, found: weights.Weights, parity: Mapping[str, Any]
-) -> dict[str, Any]:
+def describe(ready: encoders.Encoders, parity: Mapping[str, Any]) -> dict[str, Any]:
     """`preprocessing.json`: what somebody needs who has the files and not this package."""
     model, local = ready.config.model, ready.config.local
     with_local, knows_clip = local.enabled, _knows_clip(ready)
@@ -219,7 +215,7 @@ def describe(
         },
         "similarity": {
             "formula": formula,
-            "alpha": found.meta.get("best_alpha") if with_local else None,
+            "alpha": ready.alpha if with_local else None,
         },
         "model": {
             "patch_size": model.patch_size,
@@ -230,7 +226,7 @@ def describe(
             "compute_type": step.compute_dtype(ready.config.precision).name,
         },
         **stablehlo,
-        "source": {"path": str(found.source), "kind": found.kind},
+        "source": {"path": str(ready.source), "kind": ready.kind},
         "difference_from_source": parity,
         "versions": versions,
     }
@@ -243,7 +239,7 @@ def tokenizer_json(text_length: int) -> dict[str, Any]:
     (ligatures, full-width forms), for rare HTML entities, and where a special token that is written
     out in the text touches punctuation.
     """
-    pieces, ids, ranks = tokenizer._load_vocabulary(tokenizer.DEFAULT_PATH)
+    pieces, ids, ranks = tokenizer.read_vocabulary()
     special = (tokenizer.MASK, tokenizer.SOT, tokenizer.EOT)
     start, end = pieces[tokenizer.SOT], pieces[tokenizer.EOT]
     words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -28,11 +28,21 @@ def resolve(
     *,
     training: bool,
     changes: Mapping[str, Any] = types.MappingProxyType({}),
+    ask: str = "config.model.{tower}_heads, and config.model.{tower}_width={width},",
 ) -> config_lib.Config:
     """The configuration with the sizes of the weights: widths, depths, patch size, local width.
 
-    `changes` are flat keys that are set at the same time. To evaluate weights without a local
-    branch, `local.enabled` is switched off; in training the branch starts from random numbers.
+    To evaluate weights without a local branch, `local.enabled` is switched off; in training the
+    branch starts from random numbers.
+
+    Args:
+      config: of the run.
+      found: the weights.
+      log: takes one line for everything that was decided.
+      training: or evaluating.
+      changes: flat keys that are set at the same time.
+      ask: what the caller's user can set where the weights do not say the heads of a `{tower}` and
+        its `{width}`.
 
     Raises:
       ConfigError: the sizes do not fit the run's pictures, stride or layers.
@@ -59,9 +69,9 @@ def resolve(
                 sizes[key] = sizes[key] or getattr(config.model, f"{tower}_heads")
             if sizes[key] is None:
                 raise config_lib.ConfigError(
-                    f"config.{key} is not known: {found.source} does not say how many heads its "
-                    f"width {width} is made of; set config.{key}, and config.model.{tower}_width="
-                    f"{width}, as it was trained with."
+                    f"{key} is not known: {found.source} does not say how many heads its width "
+                    f"{width} is made of; set {ask.format(tower=tower, width=width)} as it was "
+                    "trained with."
                 )
             log(f"{found.source} does not say how many heads it has: {key}={sizes[key]}.")
     chosen = changes.get("model.activation", config.model.activation)
@@ -121,8 +131,9 @@ def fit(
     kept = fresh is not None and found.num_identities is not None and None not in started.values()
     if kept:
         log(
-            f"{found.source}: its classifiers are kept, of {found.num_identities} identities as "
-            "here."
+            f"WARNING: {found.source}: its classifiers are kept, because it knows as many "
+            f"identities as this run has, {found.num_identities}. They are right only if it was "
+            "trained on this very data set; with other people they are no better than random."
         )
     fresh_leaves = weights.flat(fresh) if started else {}
     result = {}
@@ -280,9 +291,12 @@ def _fit_image_positions(
     if source is not None and source[0] * source[1] != patches:
         source = None
     side = math.isqrt(patches)
-    if source is None and found.dialect in dialects.PRETRAINED and side * side == patches:
+    if source is None and found.origin in dialects.PRETRAINED and side * side == patches:
         source = side, side  # of pre-training, whatever has as many patches here
-    if source == grid or (source is None and patches == grid[0] * grid[1]):
+    if source is None and patches == grid[0] * grid[1]:
+        _say_assumed(found, patches, model, log)
+        return array
+    if source == grid:
         return array
     source = source or _guess_grid(found, patches, model)
     log(
@@ -293,6 +307,26 @@ def _fit_image_positions(
     return _Resized(
         array, shape, lambda x: clip.resize_position_embedding(x, grid, source_grid=source)
     )
+
+
+def _say_assumed(found: weights.Weights, patches: int, model: config_lib.Model, log: Log) -> None:
+    """That as many patches are taken for the same grid, loudly where another one is likelier."""
+    said = (
+        f"{found.source}: nothing says the grid of its {patches} patch positions; "
+        f"{model.grid[0]}x{model.grid[1]}, as here, is assumed"
+    )
+    usual = native_picture(found, square=False)
+    settings = {key.removeprefix("model."): value for key, value in usual.items()}
+    rows, columns = dataclasses.replace(model, **{"stride": None} | settings).grid
+    if usual and (rows, columns) != model.grid:
+        (height, width), stride = settings["image_size"], settings.get("stride")
+        log(
+            f"WARNING: {said}, but most models of people have {rows}x{columns}. If it has, set "
+            f"model.image_size=({height}, {width})"
+            + (f" and model.stride={stride}." if stride else ".")
+        )
+    else:
+        log(f"{said}.")
 
 
 def _guess_grid(found: weights.Weights, patches: int, model: config_lib.Model) -> tuple[int, int]:

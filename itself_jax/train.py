@@ -44,6 +44,20 @@ class Progress(NamedTuple):
     protocol: str = "val"  # how epoch and weight are chosen
 
 
+class Start(NamedTuple):
+    """What a run starts from.
+
+    config: with all sizes.
+    pretrained: the weights of `init_from`; None: there are none, or the run goes on without them.
+    sizes_from_weights: keys of `weights.SIZES` that the weights decided; the others are settings of
+      the run like all others.
+    """
+
+    config: config_lib.Config
+    pretrained: weights.Weights | None = None
+    sizes_from_weights: tuple[str, ...] = ()
+
+
 class Run(NamedTuple):
     """What is set up once and then only used."""
 
@@ -92,7 +106,7 @@ def _run(
     log: Log,
 ) -> None:
     started = time.monotonic()
-    config, pretrained = start_from(config, directory, log)
+    config, pretrained, sizes_from_weights = start_from(config, directory, log)
     mesh = sharding.make_mesh(config)
     compute_dtype = step.compute_dtype(config.precision).name
     directory.claim(config, compute_dtype, log)
@@ -146,7 +160,7 @@ def _run(
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template, pretrained)
         # Last of all that may fail at the start: until then another configuration may try again.
-        directory.describe(config, compute_dtype)
+        directory.describe(config, compute_dtype, sizes_from_weights)
         saved = (int(state.step), progress.validated)
         meter = meter_lib.Meter(
             config,
@@ -274,27 +288,36 @@ def started_from(directory: workdir.Workdir, source: str) -> bool:
     return saved is not None and saved["config"].get("init_from") == source
 
 
-def start_from(
-    config: config_lib.Config, directory: workdir.Workdir, log: Log
-) -> tuple[config_lib.Config, weights.Weights | None]:
+def start_from(config: config_lib.Config, directory: workdir.Workdir, log: Log) -> Start:
     """The weights of `init_from`, and the configuration with their sizes.
 
-    A run that goes on has its sizes in its `config.json` and needs no file any more.
+    A run that goes on has its sizes in its `config.json` and needs no file any more. Those that the
+    weights did not decide (the local width of a branch that they lack, a chosen activation) must be
+    given again as they were, like every setting of a run.
     """
     if config.init_from is None:
-        activation = config.model.activation or "quick_gelu"
-        return config_lib.replace(config, {"model.activation": activation}), None
+        activation = config.model.activation or config_lib.CLIP_ACTIVATION
+        return Start(config_lib.replace(config, {"model.activation": activation}))
     saved = directory.saved_config()
     if saved is not None and saved["config"].get("init_from") == config.init_from:
+        # The first runs do not say what came from the weights: all of it did, nearly always.
+        from_weights = saved.get(workdir.FROM_WEIGHTS, weights.SIZES)
         before = config_lib.flatten(saved["config"])
-        sizes = {key: before[key] for key in weights.SIZES if key in before}
+        sizes = {key: before[key] for key in weights.SIZES if key in from_weights and key in before}
         if config.model.activation is not None:
-            del sizes["model.activation"]  # a chosen one is compared like every other setting
+            sizes.pop("model.activation", None)  # a chosen one is compared like every setting
         fitting.say_replaced(config, sizes, directory.path, log)
-        return config_lib.replace(config, sizes), None
+        return Start(config_lib.replace(config, sizes), None, tuple(from_weights))
     found = weights.open_(config.init_from, log)
     fitting.say_replaced(config, found.sizes, found.source, log)
-    return fitting.resolve(config, found, log, training=True), found
+    resolved = fitting.resolve(config, found, log, training=True)
+    from_weights = tuple(
+        key
+        for key in weights.SIZES
+        if found.sizes[key] is not None
+        and not (key == "model.activation" and config.model.activation is not None)
+    )
+    return Start(resolved, found, from_weights)
 
 
 def describe_weights(found: weights.Weights) -> str:

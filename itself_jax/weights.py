@@ -23,7 +23,8 @@ SIZES = (
     *("model.text_width", "model.text_depth", "model.text_heads", "model.vocab_size"),
     *("model.embed_dim", "model.activation", "local.dim"),
 )
-_HEAD_WIDTH = 64  # of every CLIP, where a file does not say how many heads there are
+# Of these, what no array says.
+_UNSAID = ("model.vision_heads", "model.text_heads", "model.activation")
 IMAGE_POSITIONS = "params/image_encoder/position_embedding"
 TEXT_POSITIONS = "params/text_encoder/position_embedding"
 HEADS = ("params/global_heads/", "params/local_heads/")
@@ -34,13 +35,9 @@ LOCAL = tuple(
 )
 # What `describe` writes beside arrays of a foreign layout, and the checkpoint of a conversion.
 DESCRIPTION = "itself_jax"
-_PROGRESS = (
-    "num_epoch",
-    "iteration",
-    "epoch",
-    "best_alpha",
-    "protocol",
-)  # kept beside converted arrays
+LOGIT_SCALE = "logit_scale"
+# Kept beside converted arrays.
+_KEPT = ("num_epoch", "iteration", "epoch", "best_alpha", "protocol", LOGIT_SCALE)
 
 Log = Callable[[str], None]
 
@@ -53,17 +50,21 @@ class Weights(NamedTuple):
     """What was found, by the names of our parameters. Arrays may still lie in their file.
 
     kind: for the log, e.g. "torch.save (zip), ITSELF".
+    dialect: the names in the file.
+    origin: the dialect of the program that trained them; a conversion may have renamed them since.
     names: what the file calls each array.
     dropped: arrays of the file that mean nothing here, with reasons.
     sizes: keys of `SIZES`; a number of heads may be None where nobody says it.
     config: `model` and `local` of the run that made them, where that is known.
     num_identities: that its classifiers know; None: it has none.
-    meta: num_epoch, iteration, epoch, best_alpha, protocol, as far as known.
+    meta: num_epoch, iteration, epoch, best_alpha, protocol, logit_scale (CLIP's learnt temperature,
+      of no use here), as far as known.
     """
 
     source: pathlib.Path
     kind: str
     dialect: dialects.Dialect
+    origin: dialects.Dialect
     arrays: dict[str, dialects.Array]
     names: dict[str, tuple[str, ...]]
     dropped: dict[str, str]
@@ -99,38 +100,37 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     source = pathlib.Path(source).expanduser()
     if _is_checkpoint_folder(source) or _is_checkpoint_folder(source / "checkpoints"):
         return of_run(source, log)
-    file = weight_files.read(source)
+    try:
+        file = weight_files.read(source)
+    except weight_files.WeightFileError:
+        _refuse_parts_of_a_run(source)
+        raise
     try:
         mapped = dialects.read(file.tensors)
-        stated = _description(source, file.metadata) or dialects.stated(file.config or {})
     except dialects.DialectError as error:
         raise WeightsError(f"{source}: {error}.") from error
-    arrays = mapped.arrays
+    arrays, notes = mapped.arrays, list(file.notes)
+    stated = _description(source, file.metadata)
+    if not stated and not _is_by_openai(file):
+        stated = _settings_of_library(file, mapped, notes)
     sizes = _sizes(source, mapped.dialect, arrays, stated)
-    notes = list(file.notes)
     if sizes["model.activation"] is None:
         sizes["model.activation"] = mapped.dialect.activation
-        if mapped.dialect is dialects.OPENAI and not _is_by_openai(file):
-            notes.append(
-                f"WARNING: nothing in it says which activation it was trained with; "
-                f"{mapped.dialect.activation} is taken, as in OpenAI's CLIP. Set model.activation "
-                "if this is wrong (open_clip: gelu, unless its model's name ends in -quickgelu)."
-            )
-            if None not in (sizes["model.vision_heads"], sizes["model.text_heads"]):
-                notes.append(
-                    f"WARNING: nothing in it says how many heads it has; one for each 64 of the "
-                    f"width is taken, {sizes['model.vision_heads']} and "
-                    f"{sizes['model.text_heads']}, as in OpenAI's CLIP"
-                )
+        if mapped.dialect in dialects.PRETRAINED and not _is_by_openai(file):
+            notes += _guesses(mapped.dialect, sizes)
+    origin = _origin(stated, mapped.dialect)
+    # CLIP alone under the published names has those of a file of IRRA.
+    whose = origin.name if origin is mapped.dialect else f"{origin.name} (converted)"
     return Weights(
         source=source,
-        kind=f"{file.kind}, {mapped.dialect.name}",
+        kind=f"{file.kind}, {whose}",
         dialect=mapped.dialect,
+        origin=origin,
         arrays=arrays,
         names=mapped.names,
         dropped=mapped.dropped,
         sizes=sizes,
-        config=_run_config(stated.get("config")),
+        config=_run_config(stated.get("config"), notes),
         num_identities=_num_identities(source, arrays),
         meta={
             **{
@@ -138,6 +138,7 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
                 for key, value in file.metadata.items()
                 if key in ("num_epoch", "iteration", "epoch") and type(value) is int
             },
+            **_logit_scale(file.tensors),
             **_progress(stated),
         },
         notes=tuple(notes),
@@ -160,23 +161,27 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
             found = None  # a run that was stopped before its first validation
     if found is None:
         raise checkpoint.CheckpointError(
-            f"{folder} holds no validated checkpoint: train there first, or set config.init_from."
+            f"{folder} holds no validated checkpoint: train there until the first validation, or "
+            "give other weights in config.init_from."
         )
     arrays = {name: _Held(array) for name, array in flat(found.state).items()}
     described = found.meta.get(DESCRIPTION, {})
     settings = described.get("config") or _settings_beside(folder)
-    config = _run_config(settings)
-    if config is not None:
-        described = {**config_lib.flatten(config_lib.to_dict(config)), **described}
+    notes: list[str] = []
+    config = _run_config(settings, notes)
+    described = {**_unsaid_in(settings), **described}
     sizes = _sizes(source, dialects.OURS, arrays, described)
-    notes = ()
     if sizes["model.activation"] is None:
-        sizes["model.activation"] = "quick_gelu"
-        notes = ("WARNING: no config.json says its activation; quick_gelu is taken",)
+        activation = config_lib.CLIP_ACTIVATION
+        sizes["model.activation"] = activation
+        notes.append(f"WARNING: no config.json says its activation; {activation} is taken")
+    origin = _origin(described, dialects.OURS)
+    whose = "" if origin is dialects.OURS else f", {origin.name} (converted)"
     return Weights(
         source=source,
-        kind="checkpoint of itself_jax",
+        kind=f"checkpoint of itself_jax{whose}",
         dialect=dialects.OURS,
+        origin=origin,
         arrays=arrays,
         names={name: (name,) for name in arrays},
         dropped={},
@@ -189,7 +194,7 @@ def of_run(source: pathlib.Path, log: Log) -> Weights:
             **found.meta,
             **_progress(described),
         },
-        notes=notes,
+        notes=tuple(notes),
     )
 
 
@@ -228,18 +233,18 @@ def read(weights: Weights, name: str, array: dialects.Array) -> np.ndarray:
 def describe(weights: Weights, config: config_lib.Config) -> dict[str, Any]:
     """What no layout says of itself, for a JSON field beside the arrays; read back by `open_`.
 
-    Heads and activation, as `config` has them; of a run of this project also its settings of
-    `model` and `local` (grid of the positions, source and size of the bank), epoch and fusion
-    weight.
+    Whose weights they are, heads and activation, as `config` has them; of a run of this project
+    also its settings of `model` and `local` (grid of the positions, source and size of the bank),
+    epoch and fusion weight.
     """
-    description = {
+    description: dict[str, Any] = {
         f"model.{name}": getattr(config.model, name)
         for name in ("vision_heads", "text_heads", "activation")
     }
     if weights.config is not None:
         made_with = config_lib.to_dict(config_lib.replace(weights.config, description))
         description["config"] = {group: made_with[group] for group in ("model", "local")}
-    return description | _progress(weights.meta)
+    return {"origin": weights.origin.name, **description, **_progress(weights.meta)}
 
 
 def flat(tree: Any) -> dict[str, Any]:
@@ -273,13 +278,57 @@ def _is_checkpoint_folder(folder: pathlib.Path) -> bool:
         return False
 
 
-def _run_config(settings: Any) -> config_lib.Config | None:
-    """The part of a run's configuration that its arrays depend on; None: there is none."""
+def _refuse_parts_of_a_run(source: pathlib.Path) -> None:
+    """Says what to give instead of a run without checkpoints, or of one of its checkpoints."""
+    if (source / "state").is_dir() and (source / "meta").exists():
+        raise WeightsError(
+            f"{source} is one checkpoint of {source.parent}: give that folder, whose best "
+            "checkpoint is taken, or a copy of it that holds this one alone."
+        )
+    run = source.parent if source.name == "checkpoints" else source
+    if (run / "checkpoints").is_dir() or _settings_beside(run / "checkpoints"):
+        raise WeightsError(
+            f"{run} is a work directory of itself_jax without a checkpoint: train there until the "
+            "first validation, or give other weights."
+        )
+
+
+def _run_config(settings: Any, notes: list[str]) -> config_lib.Config | None:
+    """The part of a run's configuration that its arrays depend on; None: there is none.
+
+    Keys that this version does not know are left out, and named in `notes`.
+    """
+    if not settings:
+        return None
+    known, unknown = {}, []
+    defaults = config_lib.to_dict(config_lib.Config())
     try:
-        known = {group: settings[group] for group in ("model", "local")}
-        return config_lib.from_dict(known)
-    except (KeyError, TypeError, config_lib.ConfigError):
-        return None  # of another version: the arrays themselves say most of it
+        for group in ("model", "local"):
+            values = settings[group]
+            known[group] = {key: values[key] for key in values if key in defaults[group]}
+            unknown += [f"{group}.{key}" for key in values if key not in defaults[group]]
+        config = config_lib.from_dict(known)
+    except (KeyError, TypeError, config_lib.ConfigError) as error:
+        # The arrays themselves say most of it.
+        notes.append(f"WARNING: the settings of its run are not used, they cannot be read: {error}")
+        return None
+    if unknown:
+        notes.append(
+            f"WARNING: the settings of its run have keys of another version, which are left out: "
+            f"{', '.join(unknown)}"
+        )
+    return config
+
+
+def _unsaid_in(settings: Any) -> dict[str, Any]:
+    """Heads and activation of a run's settings, whatever else is in them."""
+    try:
+        found = {key: settings["model"][key.removeprefix("model.")] for key in _UNSAID}
+    except (KeyError, TypeError):
+        return {}
+    heads = [type(value) is int and value > 0 for key, value in found.items() if "heads" in key]
+    fits = all(heads) and found["model.activation"] in (None, *config_lib.ACTIVATIONS)
+    return found if fits else {}
 
 
 def _settings_beside(folder: pathlib.Path) -> dict[str, Any]:
@@ -293,7 +342,7 @@ def _settings_beside(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _progress(meta: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: meta[key] for key in _PROGRESS if key in meta}
+    return {key: meta[key] for key in _KEPT if key in meta}
 
 
 def _description(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,6 +356,71 @@ def _description(source: pathlib.Path, metadata: Mapping[str, Any]) -> dict[str,
             f"{source}: field {DESCRIPTION!r} is {metadata[DESCRIPTION]!r}, not the JSON that a "
             "conversion writes there; convert the weights again."
         ) from error
+
+
+def _settings_of_library(
+    file: weight_files.TensorFile, mapped: dialects.Mapped, notes: list[str]
+) -> dict[str, Any]:
+    """Heads and activation from the settings that the file's own library keeps beside it.
+
+    Those of another model are an error in a folder, and ignored with a note beside a lone file.
+    """
+    name = mapped.dialect.settings
+    content = file.settings(name) if name is not None else None
+    stated = dialects.stated(content) if content is not None else None
+    if stated is None:
+        return {}
+    path, found = file.file.parent / name, _sizes(file.path, mapped.dialect, mapped.arrays, {})
+    different = [
+        f"{key}={value} and the arrays {found[key]}"
+        for key, value in stated.values.items()
+        if key not in _UNSAID and value != found[key]
+    ]
+    if different:
+        what = f"{path} says {', '.join(different)}"
+        if file.is_lone:
+            notes.append(f"{name} beside it is of another model and ignored: {what}")
+            return {}
+        raise WeightsError(
+            f"{what}: it is of another model; put the one there that belongs to {file.file.name}, "
+            "or give that file alone, outside of the folder."
+        )
+    if stated.objection is not None:
+        raise WeightsError(f"{file.path}: its {name} says {stated.objection}.")
+    notes.append(f"settings from {path}")
+    return {key: stated.values[key] for key in _UNSAID}
+
+
+def _guesses(dialect: dialects.Dialect, sizes: Mapping[str, Any]) -> list[str]:
+    """What is taken where neither a file nor settings beside it say it."""
+    whose = "as in most models of it" if dialect.activation == "gelu" else "as in OpenAI's CLIP"
+    notes = [
+        f"WARNING: nothing in it says which activation it was trained with; {dialect.activation} "
+        f"is taken, {whose}. Set model.activation if this is wrong (open_clip: gelu, unless its "
+        "model's name ends in -quickgelu)"
+    ]
+    heads = sizes["model.vision_heads"], sizes["model.text_heads"]
+    if None not in heads:
+        notes.append(
+            f"WARNING: nothing in it says how many heads it has; one for each "
+            f"{config_lib.CLIP_HEAD_WIDTH} of the width is taken, {heads[0]} and {heads[1]}, as in "
+            "OpenAI's CLIP"
+        )
+    return notes
+
+
+def _origin(described: Mapping[str, Any], dialect: dialects.Dialect) -> dialects.Dialect:
+    known = {known.name: known for known in (*dialects.DIALECTS, dialects.OURS)}
+    return known.get(str(described.get("origin")), dialect)
+
+
+def _logit_scale(tensors: Mapping[str, dialects.Array]) -> dict[str, float]:
+    """CLIP's temperature, where a file has a number for it."""
+    for name in (LOGIT_SCALE, f"base_model.{LOGIT_SCALE}"):
+        if name in tensors and math.prod(tensors[name].shape) == 1:
+            value = float(tensors[name].read().reshape(()))
+            return {LOGIT_SCALE: value} if math.isfinite(value) else {}
+    return {}
 
 
 def _is_by_openai(file: weight_files.TensorFile) -> bool:
@@ -356,7 +470,8 @@ def _sizes(
     }
     for tower in ("vision", "text"):
         width = sizes[f"model.{tower}_width"]
-        by_rule = width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None
+        heads, rest = divmod(width, config_lib.CLIP_HEAD_WIDTH)
+        by_rule = heads if rest == 0 else None
         if dialect is dialects.OURS:  # of any width
             by_rule = None
         sizes[f"model.{tower}_heads"] = stated.get(f"model.{tower}_heads") or by_rule

@@ -16,7 +16,7 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from itself_jax.data import remote
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "itself_jax")
 _CONFIG = "config.json"
+FROM_WEIGHTS = "sizes_from_weights"  # its entry on what `init_from` decided
 _METRICS = "metrics.jsonl"
 _FINISHED = "finished.json"
 _LOCK = ".lock"
@@ -81,13 +82,19 @@ class Workdir:
                 "it belongs to something else; give another --workdir."
             )
 
-    def describe(self, config: config_lib.Config, compute_dtype: str) -> None:
+    def describe(
+        self,
+        config: config_lib.Config,
+        compute_dtype: str,
+        sizes_from_weights: Sequence[str] = (),
+    ) -> None:
         """Writes `config.json`: from here on the directory belongs to this configuration."""
         self.write_json(
             _CONFIG,
             {
                 "config": config_lib.to_dict(config),
                 "compute_dtype": compute_dtype,
+                FROM_WEIGHTS: list(sizes_from_weights),
                 "versions": _versions(),
                 "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
                 "git_revision": _git_revision(),

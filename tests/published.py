@@ -1,6 +1,9 @@
 """Weights in the published layout, stated here once more and independently of `dialects`."""
 
+import json
 import pathlib
+import re
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -21,9 +24,11 @@ class Sizes(NamedTuple):
     patches: int = 8
     length: int = 16
     vocab: int = 49408
+    text_layers: int | None = None  # None: as many as the image encoder has
 
 
 VIT_B16 = Sizes(768, 512, 12, 512, 4096, 11003, 16, 192, 77)
+VIT_L14 = Sizes(1024, 768, 24, 768, 4096, 11003, 14, 27 * 9, 77, text_layers=12)
 # 32x16 pictures in patches of 8, and a vocabulary that keeps the file small.
 TINY = Sizes(vocab=64)
 
@@ -42,7 +47,7 @@ def shapes(sizes: Sizes, *, local: bool = True) -> dict[str, tuple[int, ...]]:
         **_norm("visual.ln_pre", d),
         **_blocks("visual.transformer", sizes.layers, d),
         **_norm("visual.ln_post", d),
-        **_blocks("transformer", sizes.layers, t),
+        **_blocks("transformer", sizes.text_layers or sizes.layers, t),
         "token_embedding.weight": (sizes.vocab, t),
         **_norm("ln_final", t),
     }
@@ -94,6 +99,35 @@ def write(
     arrays = {name: value for name, value in arrays.items() if value is not None}
     progress = {"num_epoch": 60, "iteration": 12, "epoch": 3}
     weight_files.write_torch(path, arrays, extra=progress, force=True)
+    return path
+
+
+class Random:
+    """Numbers that are made when they are read: a whole model of them takes no memory."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: str):
+        self._name, self.shape, self.dtype = name, shape, np.dtype(dtype)
+
+    def read(self) -> np.ndarray:
+        rng = np.random.default_rng(zlib.crc32(self._name.encode()))
+        if self.dtype.kind == "i":
+            return np.array(7, self.dtype)
+        values = 0.1 * rng.standard_normal(self.shape, np.float32)
+        if self._name.endswith("running_var"):
+            values = 1 + np.abs(values)
+        return values.astype(self.dtype)
+
+
+def write_whole(path: pathlib.Path, sizes: Sizes) -> pathlib.Path:
+    """A random model of full size with the number types of the published code, as `best.pth`."""
+    golden = pathlib.Path(__file__).parent / "golden" / "itself_vitb16_keys.json"
+    known = json.loads(golden.read_text())["full_stride16"]["state_dict"]
+    arrays = {}
+    for name, shape in shapes(sizes).items():
+        _, dtype = known[re.sub(r"resblocks\.\d+", "resblocks.0", name)]
+        arrays[name] = Random(name, shape, dtype)
+    progress = {"num_epoch": 60, "iteration": 12, "epoch": 3}
+    weight_files.write_torch(path, arrays, extra=progress)
     return path
 
 

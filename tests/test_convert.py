@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import golden_model
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import published
 import pytest
 
+import itself_jax
 from itself_jax import converting, encoders, weight_files, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -88,6 +90,34 @@ def test_round_trips_are_bit_identical(best, tmp_path, unprobed):
         assert_same(tmp_path / f"of {kind}.pth", best[0])
     converting.write(again, tmp_path / "b.npz", quiet)  # from Orbax
     assert_same(tmp_path / "b.npz", tmp_path / "a.npz")
+
+
+def cost(*arguments):
+    """Runs the command: its wall-clock seconds and the most memory it had, in bytes."""
+    started = time.monotonic()
+    program = [sys.executable, "-m", "itself_jax.convert", *map(str, arguments)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(program, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return time.monotonic() - started, usage.ru_maxrss * 1024
+
+
+@pytest.mark.slow
+def test_a_whole_model_goes_both_ways_bit_for_bit_in_bounded_memory(tmp_path):
+    """ViT-B/16 with all the people of CUHK-PEDES: 310 M parameters, 1.2 GB as float32."""
+    best = published.write_whole(tmp_path / "best.pth", published.VIT_B16)
+    for source, path in (("best.pth", "folder"), ("folder", "again.pth")):
+        seconds, memory = cost(tmp_path / source, tmp_path / path)
+        print(f"{source} to {path}: {seconds:.0f} s, {memory / 1e9:.2f} GB")
+        assert memory < 4e9
+    given, expected = weight_files.read(tmp_path / "again.pth").tensors, weight_files.read(best)
+    assert list(given) == list(expected.tensors)
+    for name, tensor in expected.tensors.items():
+        values, wanted = given[name].read(), tensor.read()
+        assert (values.dtype, values.shape) == (wanted.dtype, wanted.shape), name
+        assert values.tobytes() == wanted.tobytes(), name
 
 
 def test_progress_survives_every_kind(tmp_path, unprobed):
@@ -179,13 +209,20 @@ def test_a_clip_file_is_reported_and_converted(tmp_path, unprobed):
             )
 
 
-def test_published_names_need_a_whole_model(tmp_path, unprobed):
-    """A CLIP under the published names is what training starts from, not a published model."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_stays_a_clip_under_the_published_names(kind, tmp_path, unprobed):
+    """It is what training starts from, not a model of IRRA; its squares are still resized."""
     source = converting.examine(GOLDEN / "open_clip", quiet)
-    converting.write(source, tmp_path / "a.safetensors", quiet)
-    found = weights.open_(tmp_path / "a.safetensors", quiet)
+    converting.write(source, tmp_path / kind, quiet)
+    found = weights.open_(tmp_path / kind, quiet)
     assert found.num_identities is None and not found.has_local
     assert found.sizes["model.activation"] == "gelu" and found.sizes["model.vision_heads"] == 4
+    assert found.origin.name == "CLIP" and found.kind.endswith(", CLIP (converted)")
+    log = []
+    # As many patches as the 4x4 of pre-training.
+    ready = itself_jax.load(tmp_path / kind, image_size=(64, 16), log=log.append)
+    assert ready.config.model.grid == (8, 2)
+    assert any("of a 4x4 grid were resized to 8x2" in line for line in log)
 
 
 def test_openai_names_say_what_they_leave_out(tmp_path, unprobed):
@@ -209,6 +246,23 @@ def test_a_state_of_openai_names_is_nothing_else_and_says_what_it_cannot(tmp_pat
     source = converting.examine(GOLDEN / "open_clip", quiet)
     converting.write(source, tmp_path / "other.pt", log.append, layout="openai")
     assert "cannot say activation gelu, vision_heads 4, text_heads 4" in log[-2]
+
+
+def test_openai_names_have_the_temperature_that_their_loader_asks_for(tmp_path, unprobed):
+    def converted(path, name):
+        """Through another kind of file, and what was said of it."""
+        log = []
+        between = converting.write(converting.examine(path, quiet), tmp_path / f"{name}1", quiet)
+        source = converting.examine(between, quiet)
+        converting.write(source, tmp_path / f"{name}.pt", log.append, layout="openai")
+        return contents(tmp_path / f"{name}.pt")["logit_scale"], "".join(log)
+
+    given = weight_files.read(GOLDEN / "open_clip").tensors["logit_scale"].read()
+    found, said = converted(GOLDEN / "open_clip", "a")
+    assert found == given.astype(np.float32) and "logit_scale" not in said
+    assert (found.shape, found.dtype) == ((), np.float32)
+    found, said = converted(published.write(tmp_path / "best.pth"), "b")
+    assert found == np.float32(np.log(1 / 0.07)) and "logit_scale  2.6593, with which" in said
 
 
 def test_a_picture_that_contradicts_the_positions_is_refused(tmp_path, unprobed):
@@ -279,7 +333,59 @@ def test_bad_numbers_stop_a_conversion_and_leave_nothing(kind, tmp_path, unprobe
     source = converting.examine(path, quiet)
     with pytest.raises(weights.WeightsError, match=r"texual_emb_layer\.mlp\.layers\.1\.bias"):
         converting.write(source, tmp_path / "out" / kind, quiet)
-    assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
+
+
+def test_folders_that_were_there_stay(tmp_path, unprobed):
+    bad = published.state()["classifier_grab.bias"] * np.nan
+    source = converting.examine(
+        published.write(tmp_path / "best.pth", classifier_grab__bias=bad), quiet
+    )
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(weights.WeightsError):
+        converting.write(source, tmp_path / "mine" / "new" / "a.npz", quiet)
+    assert list((tmp_path / "mine").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(weights.WeightsError, match="cannot be written .Not a directory"):
+        converting.write(source, tmp_path / "file" / "a.npz", quiet)
+
+
+def test_a_check_reads_what_no_encoder_needs(tmp_path, unprobed):
+    bad = published.state()["classifier_grab.bias"]
+    bad[2] = np.nan
+    log = []
+    converting.verify(converting.examine(published.write(tmp_path / "a.pth"), quiet), log.append)
+    (line,) = log
+    assert "are finite" in line
+    path = published.write(tmp_path / "best.pth", classifier_grab__bias=bad)
+    with pytest.raises(
+        weights.WeightsError, match=r"classifier_grab\.bias holds 1 values that are"
+    ):
+        converting.verify(converting.examine(path, quiet), quiet)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "a.ckpt", "a.PKL", "a.tar", "a.onnx", "a.pth.gz"])
+def test_endings_of_nothing_that_is_written_are_refused(name, tmp_path):
+    with pytest.raises(converting.DestinationError, match=r"ends in \.\w+, as no file .* \.pth, "):
+        converting.ending(tmp_path / name, layout=None, dtype=None)
+
+
+def test_endings_count_in_either_case_and_numbers_are_none(tmp_path, unprobed):
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    converting.write(source, tmp_path / "a.PTH", quiet)
+    converting.write(source, tmp_path / "a.NPZ", quiet)
+    converting.write(source, tmp_path / "run-1.5", quiet)
+    assert weight_files.read(tmp_path / "a.PTH").kind == "torch.save (zip)"
+    assert weight_files.read(tmp_path / "a.NPZ").kind == "npz"
+    assert (tmp_path / "run-1.5" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("given", [{"layout": "published"}, {"dtype": "float32"}])
+def test_a_folder_has_neither_layout_nor_number_type(given, tmp_path, unprobed):
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    with pytest.raises(converting.DestinationError, match=f"--{list(given)[0]}=.* is for files"):
+        converting.write(source, tmp_path / "folder", quiet, **given)
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
 
 
 def test_a_full_disk_leaves_no_folder(tmp_path, unprobed, monkeypatch):
@@ -308,6 +414,7 @@ def test_the_command_checks_without_writing(tmp_path):
     done = command(path, "--check", "--activation=gelu", "--image_size=32x16")
     assert done.returncode == 0, done.stderr
     assert "activation   gelu" in done.stdout and "probe" in done.stdout
+    assert "statistics are finite" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["best.pth"]
 
 
@@ -320,6 +427,8 @@ def test_the_command_checks_without_writing(tmp_path):
         (("a", "b", "--layout=theirs"), 2, "layout"),
         (("a", "b", "--image_size=big"), 2, "--image_size=big must be HEIGHTxWIDTH"),
         (("a", "b", "--nonsense"), 2, "nonsense"),
+        (("a", "b.bin"), 2, "ends in .bin"),
+        (("a", "b", "--layout=published"), 2, "--layout=published is for files"),
     ],
 )
 def test_failures_are_one_sentence_and_an_exit_code(arguments, code, message, tmp_path):

@@ -221,35 +221,80 @@ def test_a_part_of_the_model_is_absent_as_a_whole_or_not_at_all():
     assert dialects.absent_reason(dialects.OPENAI, "params/image_encoder/projection", []) is None
 
 
+# transformers and open_clip leave out what equals these.
+HF_DEFAULTS = {
+    "model.patch_size": 32,
+    "model.vision_width": 768,
+    "model.vision_depth": 12,
+    "model.vision_heads": 12,
+    "model.text_width": 512,
+    "model.text_depth": 12,
+    "model.text_heads": 8,
+    "model.vocab_size": 49408,
+    "model.embed_dim": 512,
+    "model.activation": "quick_gelu",
+}
+OPEN_CLIP_DEFAULTS = HF_DEFAULTS | {"model.patch_size": 16, "model.activation": "gelu"}
+
+
+def said(settings):
+    found = dialects.stated(settings)
+    assert found.objection is None
+    return found.values
+
+
 def test_what_json_beside_a_model_says():
     both = {"hidden_act": "gelu", "num_attention_heads": 3}
-    stated = dialects.stated({"vision_config": both, "text_config": {"hidden_act": "gelu"}})
-    assert stated == {
+    hugging_face = {"vision_config": both, "text_config": {"hidden_act": "gelu"}}
+    assert said(hugging_face) == HF_DEFAULTS | {
         "model.vision_heads": 3,
-        "model.text_heads": 8,  # the library's default, which it leaves out
         "model.activation": "gelu",
     }
-    model = {"vision_cfg": {"width": 1024, "layers": 2}, "text_cfg": {"heads": 5}}
-    assert dialects.stated({"model_cfg": model}) == {
+    old = {"vision_config": {}, "vision_config_dict": {"hidden_size": 1024, "patch_size": 14}}
+    assert said(old | {"projection_dim": 768, "text_config_dict": None}) == HF_DEFAULTS | {
+        "model.vision_width": 1024,
+        "model.patch_size": 14,
+        "model.embed_dim": 768,
+    }
+    model = {"embed_dim": 9, "vision_cfg": {"width": 1024, "layers": 2}, "text_cfg": {"heads": 5}}
+    assert said({"model_cfg": model}) == OPEN_CLIP_DEFAULTS | {
+        "model.vision_width": 1024,
+        "model.vision_depth": 2,
         "model.vision_heads": 16,
         "model.text_heads": 5,
-        "model.activation": "gelu",
+        "model.embed_dim": 9,
     }
-    quick = dialects.stated({"model_cfg": model | {"quick_gelu": True}})
-    assert quick["model.activation"] == "quick_gelu"
-    assert dialects.stated({"model_type": "bert"}) == {}
+    assert said({"model_cfg": model | {"quick_gelu": True}})["model.activation"] == "quick_gelu"
+    for other in ({"model_type": "bert"}, {"model_cfg": 3}, {"config": {"model": {}}}):
+        assert dialects.stated(other) is None
+
+
+def test_open_clip_may_say_its_defaults_and_that_its_text_tower_is_custom():
+    model = {
+        "embed_dim": 512,
+        "custom_text": True,
+        "init_logit_scale": 2.0,
+        "vision_cfg": {"pool_type": "tok", "mlp_ratio": 4.0, "timm_model_name": None},
+        "text_cfg": {"pool_type": "argmax", "proj_type": "linear", "no_causal_mask": False},
+    }
+    assert said({"model_cfg": model}) == OPEN_CLIP_DEFAULTS
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act=gelu, quick_gelu"),
+        ({"vision_config": {"num_attention_heads": True}}, "that vision has True heads"),
+        ({"text_config": {"num_attention_heads": "8"}}, "that text has '8' heads"),
+        ({"model_cfg": {"text_cfg": {"heads": 0}}}, "that text has 0 heads"),
         ({"vision_config": {"layer_norm_eps": 1e-6}}, "vision_config.layer_norm_eps=1e-06"),
         ({"model_cfg": {"vision_cfg": {"timm_model_name": "vit"}}}, "timm_model_name"),
+        ({"model_cfg": {"vision_cfg": {"pool_type": "avg"}}}, "pool_type"),
+        ({"model_cfg": {"vision_cfg": {"head_width": 0}}}, "vision_cfg.head_width=0"),
         ({"model_cfg": {"text_cfg": {"hf_model_name": "roberta"}}}, "hf_model_name"),
+        ({"model_cfg": {"text_cfg": {"no_causal_mask": True}}}, "no_causal_mask"),
         ({"model_cfg": {"init_logit_bias": -10}}, "init_logit_bias"),
     ],
 )
-def test_models_that_are_computed_otherwise_are_refused(config, message):
-    with pytest.raises(dialects.DialectError, match=message):
-        dialects.stated(config)
+def test_models_that_are_computed_otherwise_are_objected_to(config, message):
+    assert message in dialects.stated(config).objection

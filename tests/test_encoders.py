@@ -1,5 +1,6 @@
 """The library's door: a path in, embeddings out."""
 
+import json
 import pathlib
 
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from PIL import Image
 
 import itself_jax
 from itself_jax import config as config_lib
-from itself_jax import encoders, fitting, weights
+from itself_jax import encoders, fitting, weight_files, weights
 from itself_jax.data import records
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -126,6 +127,36 @@ def test_a_clip_without_local_branch_has_no_local_embedding():
     assert model.encode_image([]).local is None
     assert model.config.model.text_length == 16
     assert any("global embedding alone" in line for line in log)
+
+
+def test_heads_that_a_file_does_not_say_are_asked_for_by_their_names_here(tmp_path):
+    """The golden model without its settings: 48 and 32 are no multiples of 64."""
+    path = tmp_path / "weights.bin"
+    path.write_bytes((GOLDEN / "open_clip" / "open_clip_pytorch_model.bin").read_bytes())
+    with pytest.raises(
+        config_lib.ConfigError,
+        match=r"width 48 .*; set vision_heads \(on a command line --vision_h",
+    ):
+        itself_jax.load(path, image_size=(32, 32), log=quiet)
+    with pytest.raises(config_lib.ConfigError, match=r"width 32 .*; set text_heads"):
+        itself_jax.load(path, image_size=(32, 32), vision_heads=4, log=quiet)
+    given = {"vision_heads": 4, "text_heads": 4, "activation": "gelu"}
+    model = itself_jax.load(path, image_size=(32, 32), log=quiet, **given)
+    with np.load(GOLDEN / "open_clip" / "outputs.npz") as file:
+        ids, expected = jnp.asarray(file["ids"]), file["text"]
+    encoded = model.training.model.apply(model.variables, ids, method="encode_text")
+    error = np.abs(encoded.embedding.global_ - expected).max()
+    assert error <= 2e-5 * np.abs(expected).max()
+
+
+def test_a_model_knows_its_fusion_weight_and_where_it_comes_from(model, tmp_path):
+    assert model.alpha is None and model.meta["epoch"] == 3
+    assert model.source.name == "best.pth" and model.kind == "torch.save (zip), ITSELF"
+    note = {"itself_jax": json.dumps({"best_alpha": 0.3})}
+    for name, local, alpha in (("whole", True, 0.3), ("clip", False, 1.0)):
+        path = tmp_path / f"{name}.pth"
+        weight_files.write_torch(path, published.state(WORDS, local=local), extra=note)
+        assert itself_jax.load(path, image_size=(32, 16), log=quiet).alpha == alpha
 
 
 @pytest.mark.parametrize("folder", ["hugging_face", "open_clip"])

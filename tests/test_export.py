@@ -150,13 +150,14 @@ def test_an_export_says_what_it_measured(exported):
     assert sum("off at batches of 1 and 3" in line for line in lines) == 4
 
 
-def test_settings_say_how_to_prepare_and_compare(exported):
+def test_settings_say_how_to_prepare_and_compare(exported, run):
     folder, _ = exported
     found = json.loads((folder / "preprocessing.json").read_text())
     assert found["image"]["size"] == [32, 16] and found["image"]["mean"][0] == 0.48145466
     assert (found["text"]["length"], found["text"]["end"]) == (16, 49407)
     assert found["embedding"] == {"global": 32, "local": 32, "normalised": False}
     assert found["similarity"]["alpha"] == 0.25
+    assert found["source"] == {"path": str(run), "kind": "checkpoint of itself_jax"}
     assert found["stablehlo"]["jax"] == f"{jax.__version__} or newer"
     assert found["versions"]["itself_jax"] == itself_jax.__version__
 
@@ -422,6 +423,13 @@ def test_an_existing_export_is_replaced_when_told_so(run, tmp_path, unwritten):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_weights_are_opened_once(run, tmp_path, unwritten, monkeypatch):
+    opened, open_ = [], weights.open_
+    monkeypatch.setattr(weights, "open_", lambda *given: opened.append(given) or open_(*given))
+    exporting.export(run, tmp_path / "out", quiet)
+    assert len(opened) == 1
+
+
 def test_force_replaces_nothing_but_an_export(run, tmp_path, unwritten):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
@@ -567,6 +575,8 @@ REJECTED = {
     "a b --forse": "Unknown command line flag 'forse'. Did you mean: force ?",
     "/nothing b": "/nothing",
     "RUN b --stride=64": "config.model.stride",
+    "RUN b --vision_heads=3": "config.model.vision_heads=3: must divide the width 32",
+    "RUN b --text_heads=0": "text_heads",
 }
 # A process of its own for each, without importing everything again.
 FORK = """

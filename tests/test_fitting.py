@@ -24,6 +24,11 @@ def quiet(line):
     del line
 
 
+def but_grid(log):
+    """The lines without the one on the grid, which no published file states."""
+    return [line for line in log if "patch positions; 4x2, as here, is assumed" not in line]
+
+
 def opened(path):
     return weights.open_(path, quiet)
 
@@ -126,7 +131,7 @@ def test_every_array_arrives_where_the_template_says(found):
     shapes = template(resolved(found))
     log = []
     fitted = fitting.fit(found, shapes, resolved(found).model, log.append)
-    assert jax.tree.structure(fitted) == jax.tree.structure(shapes) and log == []
+    assert jax.tree.structure(fitted) == jax.tree.structure(shapes) and but_grid(log) == []
     for name, array in weights.flat(fitted).items():
         assert isinstance(array, jax.Array) and array.sharding == DEVICE
         np.testing.assert_array_equal(array, found.arrays[name].read())
@@ -143,7 +148,19 @@ def test_classifiers_of_other_identities_start_anew_and_say_so(found):
             np.testing.assert_array_equal(array, np.full(array.shape, 0.5))
         else:
             np.testing.assert_array_equal(array, found.arrays[name].read())
-    assert len(log) == 1 and "WARNING" in log[0] and "knows 5 identities" in log[0]
+    (line,) = but_grid(log)
+    assert "WARNING" in line and "knows 5 identities" in line
+
+
+def test_classifiers_of_as_many_identities_are_kept_with_a_warning(found):
+    config, log = resolved(found), []
+    shapes = template(config, 5)
+    fitted = weights.flat(fitting.fit(found, shapes, config.model, log.append, fresh=fresh(shapes)))
+    for name, array in fitted.items():
+        np.testing.assert_array_equal(array, found.arrays[name].read())
+    (line,) = but_grid(log)
+    assert line.startswith("WARNING") and "as many identities as this run has, 5" in line
+    assert "only if it was trained on this very data set" in line
 
 
 def test_classifiers_of_other_identities_are_an_error_without_fresh_ones(found):
@@ -159,14 +176,15 @@ def test_encoders_need_no_classifiers(found):
     shapes, log = fitting.encoders_only(template(config, 1)), []
     fitted = weights.flat(fitting.fit(found, shapes, config.model, log.append))
     assert fitted and not any("heads" in name for name in fitted)
-    assert any("grab" in name for name in fitted) and log == []
+    assert any("grab" in name for name in fitted) and but_grid(log) == []
 
 
 def test_a_branch_that_is_off_is_left_out_and_said_so(found):
     config, log = resolved(found, local__enabled=False), []
     fitted = fitting.fit(found, template(config), config.model, log.append)
     assert set(fitted["params"]) == {"image_encoder", "text_encoder", "global_heads"}
-    assert len(log) == 1 and "config.local.enabled is off" in log[0]
+    (line,) = but_grid(log)
+    assert "config.local.enabled is off" in line
 
 
 def test_what_clip_does_not_have_starts_from_random_numbers_with_reasons():
@@ -260,11 +278,36 @@ def test_patch_positions_are_untouched_when_equal_and_resized_else(tmp_path):
     np.testing.assert_array_equal(
         positions(found, IMAGE_POSITIONS, log.append, model__image_size=(24, 24)), given
     )
-    assert log == []
+    assert len(log) == 1 and "3x3, as here, is assumed" in log.pop()
     resized = positions(found, IMAGE_POSITIONS, log.append)
     expected = clip.resize_position_embedding(jnp.asarray(given), (4, 2))
     np.testing.assert_array_equal(resized, expected)
     assert len(log) == 1 and "3x3 grid were resized to 4x2" in log[0]
+
+
+@pytest.mark.parametrize(
+    "patches, picture, said",
+    [
+        (12, (48, 16), None),  # 6x2, three times as high as wide
+        (8, (32, 16), None),  # nothing is likelier
+        (12, (32, 24), "have 6x2. If it has, set model.image_size=(48, 16)."),
+        (
+            1900,
+            (400, 304),
+            "have 76x25. If it has, set model.image_size=(384, 128) and model.stride=5.",
+        ),
+    ],
+)
+def test_an_assumed_grid_is_said_and_loudly_if_another_one_is_likelier(
+    patches, picture, said, tmp_path
+):
+    found = opened(published.write(tmp_path / "a.pth", published.TINY._replace(patches=patches)))
+    log = []
+    positions(found, IMAGE_POSITIONS, log.append, model__image_size=picture)
+    (line,) = log
+    rows, columns = picture[0] // 8, picture[1] // 8
+    assert f"{patches} patch positions; {rows}x{columns}, as here, is assumed" in line
+    assert ("WARNING" in line) == (said is not None) and (said or "") in line
 
 
 def test_positions_of_another_stride_are_recognised(found):
@@ -305,7 +348,8 @@ def test_text_positions_follow_the_text_length_with_one_line(tmp_path, length, w
         # Ten rows became thirty: output i lies at (i + 0.5) / 3 - 0.5 of the old tail.
         np.testing.assert_allclose(after[21], before[20], rtol=1e-6)
         np.testing.assert_allclose(after[22], (2 * before[20] + before[21]) / 3, rtol=1e-4)
-    assert len(log) == 1 and word in log[0] and f"model.text_length={length}" in log[0]
+    (line,) = but_grid(log)
+    assert word in line and f"model.text_length={length}" in line
 
 
 def test_positions_without_a_tail_cannot_be_stretched(found):

@@ -16,6 +16,7 @@ from itself_jax import (
     retrieval,
     train,
     weights,
+    workdir,
 )
 
 # The pictures of tests/tiny.py: 32x16, patches of 8. All other sizes are the weights' own.
@@ -103,6 +104,69 @@ def test_a_changed_source_is_another_run(data, best, tmp_path):
     other = published.write(tmp_path / "other.pth", SIZES, seed=1)
     with pytest.raises(Exception, match="init_from was"):
         tiny.run(settings(data, other), path)
+
+
+def goes_on_as(config, directory, log):
+    """What `train.run` compares with the saved configuration."""
+    start = train.start_from(config, directory, log.append)
+    directory.claim(start.config, "float32", log.append)
+    return start
+
+
+@pytest.fixture
+def started(data, tmp_path):
+    """The directory of a run that has just begun, from given weights and with changes."""
+
+    def start(source, **changes):
+        directory = workdir.Workdir(tmp_path / "run")
+        begun = goes_on_as(settings(data, source, **changes), directory, [])
+        directory.describe(begun.config, "float32", begun.sizes_from_weights)
+        return directory, begun
+
+    return start
+
+
+def test_a_run_that_goes_on_keeps_the_sizes_that_came_from_the_weights(started, data, best):
+    directory, begun = started(best)
+    assert set(begun.sizes_from_weights) == set(weights.SIZES)
+    log = []
+    other = settings(data, best, local__dim=48, model__vision_heads=4, model__text_depth=1)
+    assert goes_on_as(other, directory, log).config == begun.config
+    (line,) = log
+    assert "local.dim=24 (was 48)" in line and "model.vision_heads=1 (was 4)" in line
+
+
+def test_a_size_that_was_the_runs_own_is_refused_when_it_changes(started, data, tmp_path):
+    source = published.write(tmp_path / "global.pth", SIZES, local=False)
+    directory, begun = started(source, local__dim=24, model__activation="gelu")
+    assert "local.dim" not in begun.sizes_from_weights
+    same = settings(data, source, local__dim=24, model__activation="gelu", model__text_heads=4)
+    assert goes_on_as(same, directory, []).config == begun.config
+    with pytest.raises(workdir.WorkdirError, match=r"local\.dim was 24, now 48"):
+        goes_on_as(settings(data, source, local__dim=48, model__activation="gelu"), directory, [])
+    with pytest.raises(workdir.WorkdirError, match=r"model\.activation was 'gelu', now None"):
+        goes_on_as(settings(data, source, local__dim=24), directory, [])
+
+
+def test_heads_that_the_weights_did_not_say_are_the_runs_own(started, data, tmp_path):
+    """A checkpoint without its `config.json`."""
+    found = weights.open_(published.write(tmp_path / "best.pth", SIZES), quiet)
+    tree = {}
+    for name, array in found.arrays.items():
+        *folders, leaf = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[leaf] = weights.read(found, name, array)
+    with checkpoint.Checkpoints(tmp_path / "source", log=quiet) as checkpoints:
+        checkpoints.save(1, tree, {"score": 1.0})
+    known = {"model__vision_width": 64, "model__text_width": 64, "model__text_heads": 4}
+    directory, begun = started(tmp_path / "source", model__vision_heads=2, **known)
+    assert begun.config.model.vision_heads == 2
+    assert {"model.vision_heads", "model.text_heads"}.isdisjoint(begun.sizes_from_weights)
+    with pytest.raises(workdir.WorkdirError, match=r"model\.vision_heads was 2, now 8"):
+        other = settings(data, tmp_path / "source", model__vision_heads=8, **known)
+        goes_on_as(other, directory, [])
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import published
@@ -80,15 +81,111 @@ def test_folders_of_other_libraries_say_heads_and_activation(folder, activation,
     assert not [line for line in found.notes if "WARNING" in line]
 
 
-def test_a_bare_clip_file_leaves_its_activation_open_and_says_so(tmp_path):
-    folder = GOLDEN / "open_clip"
+@pytest.mark.parametrize(
+    "folder, file, activation",
+    [
+        ("open_clip", "open_clip_pytorch_model.bin", "quick_gelu"),
+        ("hugging_face", "model.safetensors", "quick_gelu"),
+    ],
+)
+def test_a_bare_clip_file_leaves_its_activation_open_and_says_so(
+    folder, file, activation, tmp_path
+):
     lone = tmp_path / "weights.bin"
-    lone.write_bytes((folder / "open_clip_pytorch_model.bin").read_bytes())
+    lone.write_bytes((GOLDEN / folder / file).read_bytes())
     found = opened(lone)
-    assert found.sizes["model.activation"] == "quick_gelu"
+    assert found.sizes["model.activation"] == activation
     assert found.sizes["model.vision_heads"] is None  # 48 is no multiple of 64
     (warning,) = [note for note in found.notes if "WARNING" in note]
     assert "model.activation" in warning and "-quickgelu" in warning
+
+
+def custom_text(path):
+    """The golden model of open_clip as a CustomTextCLIP has its names."""
+    tensors = weight_files.read(GOLDEN / "open_clip").tensors
+    named = {
+        name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": tensor
+        for name, tensor in tensors.items()
+    }
+    weight_files.write_torch(path, named, wrap=None)
+    return path
+
+
+def settings_of(folder, **model):
+    name = {"open_clip": "open_clip_config.json", "hugging_face": "config.json"}[folder]
+    content = json.loads((GOLDEN / folder / name).read_text())
+    if folder == "open_clip":
+        content["model_cfg"] |= model
+    return name, json.dumps(content)
+
+
+def test_custom_text_towers_are_read_with_their_settings_and_warned_of_without(tmp_path):
+    found = opened(custom_text(tmp_path / "open_clip_model.pt"))
+    assert found.sizes["model.activation"] == "gelu"
+    (warning,) = [note for note in found.notes if "WARNING" in note]
+    assert "gelu is taken, as in most models of it" in warning
+    name, content = settings_of("open_clip", custom_text=True, quick_gelu=True)
+    (tmp_path / name).write_text(content)
+    for path in (tmp_path, tmp_path / "open_clip_model.pt"):
+        found = opened(path)
+        assert found.sizes["model.activation"] == "quick_gelu"
+        assert found.sizes["model.vision_heads"] == found.sizes["model.text_heads"] == 4
+        assert f"settings from {tmp_path / name}" in found.notes
+        assert not [note for note in found.notes if "WARNING" in note]
+
+
+@pytest.mark.parametrize("kind", ["published", "archive", "other library"])
+def test_settings_of_another_library_say_nothing_of_a_lone_file(kind, tmp_path):
+    """All sizes agree; only heads and activation would differ."""
+    path = tmp_path / "best.pth"
+    sizes = published.TINY
+    if kind == "other library":
+        name, content = settings_of("hugging_face")
+        path.write_bytes((GOLDEN / "open_clip" / "open_clip_pytorch_model.bin").read_bytes())
+    else:
+        arrays = published.state(sizes)
+        if kind == "archive":  # OpenAI's own constants
+            arrays = {
+                name.removeprefix("base_model."): array
+                for name, array in arrays.items()
+                if name.startswith("base_model.")
+            } | {"input_resolution": np.array(1, np.int64)}
+        weight_files.write_torch(path, arrays, wrap=None)
+        vision = {"patch_size": 8, "width": 64, "layers": 2, "head_width": 16}
+        text = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 4}
+        name = "open_clip_config.json"
+        model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+        content = json.dumps({"model_cfg": model})
+    alone = opened(path)
+    (tmp_path / name).write_text(content)
+    found = opened(path)
+    assert found.sizes == alone.sizes and found.notes == alone.notes
+
+
+def test_settings_that_contradict_the_arrays_are_of_another_model(tmp_path):
+    vision = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 3, "head_width": 16}
+    name, content = settings_of("open_clip", vision_cfg=vision, quick_gelu=True)
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    path.write_bytes((GOLDEN / "open_clip" / path.name).read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(
+        weights.WeightsError, match=rf"{name} says model.vision_width=64 and the arrays 48: it is"
+    ):
+        opened(tmp_path)
+    found = opened(path)
+    assert found.sizes["model.vision_heads"] is None
+    (note,) = [note for note in found.notes if "ignored" in note]
+    assert "model.vision_width=64 and the arrays 48" in note
+    assert any("which activation" in note for note in found.notes)
+
+
+def test_settings_of_a_model_that_is_no_plain_clip_are_refused(tmp_path):
+    name, content = settings_of("open_clip", init_logit_bias=-10)
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    path.write_bytes((GOLDEN / "open_clip" / path.name).read_bytes())
+    (tmp_path / name).write_text(content)
+    with pytest.raises(weights.WeightsError, match="says model_cfg=.*init_logit_bias.* no plain"):
+        opened(path)
 
 
 def test_openai_constants_settle_the_activation(tmp_path):
@@ -148,6 +245,71 @@ def test_a_run_before_its_first_validation_has_no_weights(tmp_path):
     save(tmp_path / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=None)
     with pytest.raises(checkpoint.CheckpointError, match="holds no validated checkpoint"):
         opened(tmp_path)
+
+
+def a_run(tmp_path, **changes):
+    """A work directory whose `config.json` has `changes` such as `model__mystery=1`."""
+    save(tmp_path / "run" / "checkpoints", state_of(published.write(tmp_path / "a.pth")), score=1.0)
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    sizes = {"model.vision_heads": 2, "model.text_heads": 4, "model.activation": "gelu"}
+    made_with = config_lib.replace(
+        config_lib.Config(), SIZES | sizes | {"model.image_size": (16, 32)}
+    )
+    settings = config_lib.to_dict(made_with)
+    for key, value in changes.items():
+        group, name = key.split(".")
+        settings[group][name] = value
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": settings}))
+    return tmp_path / "run"
+
+
+def test_keys_of_another_version_are_left_out_of_a_runs_settings(tmp_path):
+    found = opened(a_run(tmp_path, model__mystery=1, local__riddle="x"))
+    assert found.sizes["model.vision_heads"] == 2 and found.sizes["model.text_heads"] == 4
+    assert found.sizes["model.activation"] == "gelu" and found.config.model.grid == (2, 4)
+    (note,) = found.notes
+    assert "WARNING" in note and "left out: model.mystery, local.riddle" in note
+
+
+def test_a_value_of_another_version_costs_a_runs_settings_but_not_its_heads(tmp_path):
+    found = opened(a_run(tmp_path, local__inference_saliency="oracle"))
+    assert found.sizes["model.vision_heads"] == 2 and found.sizes["model.text_heads"] == 4
+    assert found.sizes["model.activation"] == "gelu" and found.config is None
+    (note,) = found.notes
+    assert "'oracle' is no saliency source" in note
+
+
+@pytest.mark.parametrize("heads", ["two", 0, None, [2]])
+def test_heads_that_are_no_number_are_not_taken(heads, tmp_path):
+    found = opened(a_run(tmp_path, model__vision_heads=heads))
+    assert found.sizes["model.vision_heads"] is None
+    assert any("vision_heads" in note for note in found.notes)
+
+
+def test_a_checkpoint_alone_is_not_what_is_given(tmp_path):
+    run = a_run(tmp_path)
+    step = run / "checkpoints" / "3"
+    with pytest.raises(
+        weights.WeightsError, match=rf"{step} is one checkpoint of {step.parent}: give that folder"
+    ):
+        opened(step)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "config.json"])
+def test_a_work_directory_without_a_checkpoint_is_called_so(name, tmp_path):
+    run = a_run(tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    if name == "checkpoints":
+        (run / "config.json").unlink()
+        (run / "checkpoints").mkdir()
+    given = [run, run / "checkpoints"] if name == "checkpoints" else [run]
+    for path in given:
+        with pytest.raises(
+            weights.WeightsError, match=rf"{run} is a work directory .* without a checkpoint: train"
+        ):
+            opened(path)
+    published.write(run / "best.pth")  # somebody keeps weights there
+    assert opened(run).kind == "torch.save (zip), ITSELF"
 
 
 def test_a_directory_without_weights_is_named(tmp_path):

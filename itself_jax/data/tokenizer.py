@@ -14,6 +14,7 @@ import html
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import ftfy
 import numpy as np
@@ -38,6 +39,14 @@ _PATTERN = regex.compile(
 )
 _SPACE = regex.compile(r"\s+")
 _WORD_END = "</w>"
+
+
+class Vocabulary(NamedTuple):
+    """The piece of every id, the id of every piece, and the rank of every merge of two pieces."""
+
+    pieces: list[str]
+    ids: dict[str, int]
+    ranks: dict[tuple[str, str], int]
 
 
 class Tokenizer:
@@ -71,7 +80,7 @@ class Tokenizer:
             )
         self.text_length = text_length
         self._vocabulary = pathlib.Path(vocabulary)
-        self._pieces, self._ids, self._ranks = _load_vocabulary(self._vocabulary)
+        self._pieces, self._ids, self._ranks = read_vocabulary(self._vocabulary)
         self._symbols = _byte_symbols()
         self._bytes = {symbol: byte for byte, symbol in enumerate(self._symbols)}
         self._word_ids = functools.lru_cache(maxsize=1 << 16)(self._encode_word)
@@ -183,10 +192,12 @@ def _printable_bytes() -> list[int]:
 
 
 @functools.lru_cache(maxsize=1)
-def _load_vocabulary(
-    path: pathlib.Path,
-) -> tuple[list[str], dict[str, int], dict[tuple[str, str], int]]:
-    """Returns the piece of every id, the id of every piece and the rank of every merge."""
+def read_vocabulary(path: pathlib.Path = DEFAULT_PATH) -> Vocabulary:
+    """CLIP's vocabulary, with the mask token in it.
+
+    Raises:
+      records.DataError: the file is missing or altered.
+    """
     try:
         packed = path.read_bytes()
     except OSError as error:
@@ -211,7 +222,7 @@ def _load_vocabulary(
     pieces += [piece + _WORD_END for piece in pieces]
     pieces += ["".join(merge) for merge in merges]
     pieces += _SPECIAL
-    return (
+    return Vocabulary(
         pieces,
         {piece: i for i, piece in enumerate(pieces)},
         {merge: rank for rank, merge in enumerate(merges)},

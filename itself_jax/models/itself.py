@@ -94,7 +94,7 @@ class ITSELF(nn.Module):
 
     def setup(self) -> None:
         model = self.model
-        activation = model.activation or "quick_gelu"  # CLIP's own
+        activation = model.activation or config_lib.CLIP_ACTIVATION
         self.image_encoder = clip.ImageEncoder(
             image_size=model.image_size,
             patch_size=model.patch_size,

@@ -30,7 +30,6 @@ _OPEN_CLIP = (
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".npz", ".ckpt")
 _INDICES = (".safetensors.index.json", ".bin.index.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(?:safetensors|bin)")
-_OPEN_CLIP_CONFIG, _CONFIG = "open_clip_config.json", "config.json"
 _MAX_JSON = 16 << 20
 _HEAD = 4096
 
@@ -40,19 +39,42 @@ class TensorFile(NamedTuple):
 
     Attributes:
       path: what was given, a file or a folder.
+      file: the file of weights itself, or the index of its shards.
       kind: "torch.save (zip)", "torch.save (legacy)", "TorchScript", "safetensors" or "npz".
       tensors: in file order, by the names that are left after unwrapping.
       metadata: numbers and strings beside the arrays, such as the epoch of a training state.
-      config: the model's settings beside it, as Hugging Face or open_clip write them.
       notes: what was chosen and left out, one sentence each without a full stop.
     """
 
     path: pathlib.Path
+    file: pathlib.Path
     kind: str
     tensors: dict[str, source_lib.Tensor]
     metadata: dict[str, Any]
-    config: dict[str, Any] | None
     notes: tuple[str, ...]
+
+    @property
+    def is_lone(self) -> bool:
+        """Whether a file was given and no folder: it may lie beside anything."""
+        return self.path == self.file
+
+    def settings(self, name: str) -> dict[str, Any] | None:
+        """The JSON object in the file `name` beside the weights, or None.
+
+        Beside a lone file, what is no JSON object is ignored.
+
+        Raises:
+          WeightFileError: the file of a folder is damaged.
+        """
+        path = self.file.parent / name
+        if not path.is_file():
+            return None
+        try:
+            return _json(source_lib.Source(path))
+        except source_lib.WeightFileError:
+            if not self.is_lone:
+                raise
+            return None
 
 
 class _Content(NamedTuple):
@@ -85,9 +107,8 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
         raise source_lib.WeightFileError(
             f"{file} holds no arrays: give a file that a model was saved to."
         )
-    config = _config(file, strict=given != file)
     notes += [*content.notes, *removed]
-    return TensorFile(given, content.kind, tensors, content.metadata, config, tuple(notes))
+    return TensorFile(given, file, content.kind, tensors, content.metadata, tuple(notes))
 
 
 def _is_folder(path: pathlib.Path) -> bool:
@@ -244,29 +265,3 @@ def _json(source: source_lib.Source) -> dict[str, Any]:
     if not isinstance(content, dict):
         source.refuse("is a JSON file, but no object")
     return content
-
-
-def _config(file: pathlib.Path, *, strict: bool) -> dict[str, Any] | None:
-    """The settings of the model beside a file of weights.
-
-    A lone file may lie beside anything, such as the settings of a training run: what is not clearly
-    a model's is ignored there.
-    """
-    names = [_CONFIG, _OPEN_CLIP_CONFIG]
-    if file.name.startswith("open_clip"):
-        names.reverse()
-    for name in names:
-        path = file.parent / name
-        if not path.is_file():
-            continue
-        try:
-            content = _json(source_lib.Source(path))
-        except source_lib.WeightFileError:
-            if strict:
-                raise
-            continue
-        if isinstance(content.get("model_cfg"), dict) and name == _OPEN_CLIP_CONFIG:
-            return content
-        if isinstance(content.get("model_type"), str) and name == _CONFIG:
-            return content
-    return None

@@ -103,8 +103,10 @@ def hugging_face(sizes: Sizes, activation: str, *, half: bool = False) -> torch.
     return randomise(transformers.CLIPModel(config), half=half)
 
 
-def open_clip(sizes: Sizes, activation: str, *, half: bool = False) -> torch.nn.Module:
-    """`open_clip.CLIP`, with the settings it was made of as `settings`."""
+def open_clip(
+    sizes: Sizes, activation: str, *, half: bool = False, custom_text: bool = False
+) -> torch.nn.Module:
+    """`open_clip.CLIP` or `CustomTextCLIP`, with the settings it was made of as `settings`."""
     torchvision()
     import open_clip
 
@@ -128,8 +130,9 @@ def open_clip(sizes: Sizes, activation: str, *, half: bool = False) -> torch.nn.
             "heads": text_heads,
         },
     }
-    model = randomise(open_clip.CLIP(**settings), half=half)
-    model.settings = settings
+    made = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
+    model = randomise(made(**settings), half=half)
+    model.settings = settings | ({"custom_text": True} if custom_text else {})
     return model
 
 

@@ -488,7 +488,7 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path):
 def test_what_cannot_be_opened_is_refused(tmp_path, monkeypatch):
     with pytest.raises(weight_files.WeightFileError, match="cannot be read: No such file"):
         weight_files.read(tmp_path / "missing.pth")
-    with pytest.raises(weight_files.WeightFileError, match="cannot be read: embedded null byte"):
+    with pytest.raises(weight_files.WeightFileError, match="cannot be read: .*embedded null"):
         weight_files.read("a\0b")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(weight_files.WeightFileError, match="is not a regular file"):
@@ -608,4 +608,4 @@ def test_a_folder_whose_settings_are_damaged_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(SAFE)
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(weight_files.WeightFileError, match=r"config\.json is not the JSON file"):
-        weight_files.read(tmp_path)
+        weight_files.read(tmp_path).settings("config.json")

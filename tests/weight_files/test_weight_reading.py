@@ -40,7 +40,7 @@ def assert_same(file: weight_files.TensorFile, expected: dict[str, np.ndarray]) 
 )
 def test_torch_files_of_every_age_give_what_torch_saved(name, kind, notes):
     file = weight_files.read(FILES / name)
-    assert (file.path, file.kind, file.config) == (FILES / name, kind, None)
+    assert (file.path, file.file, file.kind) == (FILES / name, FILES / name, kind)
     assert_same(file, craft.expected("state/"))
     if notes:
         assert file.notes == (
@@ -334,20 +334,18 @@ def fill(folder, files) -> None:
 
 
 @pytest.mark.parametrize(
-    "files, names, config, note",
+    "files, names, note",
     [
-        ({"model.safetensors": SAFE, "config.json": CLIP}, ["a"], CLIP, "took model.safetensors"),
-        ({"pytorch_model.bin": TORCH, "config.json": CLIP}, ["b"], CLIP, "took pytorch_model.bin"),
+        ({"model.safetensors": SAFE, "config.json": CLIP}, ["a"], "took model.safetensors"),
+        ({"pytorch_model.bin": TORCH, "config.json": CLIP}, ["b"], "took pytorch_model.bin"),
         (
             {"pytorch_model.bin": TORCH, "model.safetensors": SAFE, "other.pt": TORCH},
             ["a"],
-            None,
             "took model.safetensors of the folder (beside it: pytorch_model.bin)",
         ),
         (
             {"open_clip_pytorch_model.bin": TORCH, "open_clip_config.json": OPEN_CLIP},
             ["b"],
-            OPEN_CLIP,
             "took open_clip_pytorch_model.bin of the folder",
         ),
         (
@@ -358,46 +356,32 @@ def fill(folder, files) -> None:
                 "config.json": CLIP,
             },
             ["a"],
-            OPEN_CLIP,
             "took open_clip_model.safetensors of the folder (beside it: pytorch_model.bin)",
         ),
         (
             {"model.safetensors": SAFE, "open_clip_config.json": OPEN_CLIP, "config.json": CLIP},
             ["a"],
-            CLIP,
             "took model.safetensors of the folder",
         ),
-        ({"best.pth": TORCH, "config.json": OUR_RUN}, ["b"], None, "took best.pth of the folder"),
-        ({"x.safetensors": SAFE, "log.txt": b"x"}, ["a"], None, "took x.safetensors of the folder"),
+        ({"best.pth": TORCH, "config.json": OUR_RUN}, ["b"], "took best.pth of the folder"),
+        ({"x.safetensors": SAFE, "log.txt": b"x"}, ["a"], "took x.safetensors of the folder"),
     ],
 )
-def test_folders_are_read_as_hugging_face_and_open_clip_write_them(
-    files, names, config, note, tmp_path
-):
+def test_folders_are_read_as_hugging_face_and_open_clip_write_them(files, names, note, tmp_path):
     fill(tmp_path, files)
     file = weight_files.read(tmp_path)
-    assert (file.path, list(file.tensors), file.config) == (tmp_path, names, config)
+    assert (file.path, list(file.tensors), file.is_lone) == (tmp_path, names, False)
+    for name in ("config.json", "open_clip_config.json"):
+        assert file.settings(name) == (files[name] if name in files else None)
     assert file.notes[0].startswith(note) and len(file.notes) == 1
 
 
-@pytest.mark.parametrize(
-    "name, beside, config",
-    [
-        ("model.safetensors", {"config.json": CLIP}, CLIP),
-        ("model.safetensors", {"open_clip_config.json": OPEN_CLIP}, OPEN_CLIP),
-        ("open_clip_x.bin", {"open_clip_config.json": OPEN_CLIP, "config.json": CLIP}, OPEN_CLIP),
-        ("best.pth", {"config.json": OUR_RUN}, None),
-        ("best.pth", {"config.json": b"{"}, None),
-        ("best.pth", {"config.json": [1]}, None),
-        ("best.pth", {"config.json": {"model_type": 3}}, None),
-        ("best.pth", {"config.json": OPEN_CLIP}, None),
-        ("best.pth", {"open_clip_config.json": CLIP}, None),
-        ("best.pth", {"config.json": b"[" * 100_000}, None),
-    ],
-)
-def test_settings_beside_a_lone_file_count_if_they_are_a_models(name, beside, config, tmp_path):
-    fill(tmp_path, {name: SAFE, **beside})
-    assert weight_files.read(tmp_path / name).config == config
+@pytest.mark.parametrize("content", [b"{", [1], b"[" * 100_000])
+def test_damaged_settings_are_ignored_beside_a_lone_file_and_named_in_a_folder(content, tmp_path):
+    fill(tmp_path, {"best.pth": SAFE, "config.json": content})
+    assert weight_files.read(tmp_path / "best.pth").settings("config.json") is None
+    with pytest.raises(weight_files.WeightFileError, match=r"config\.json is (not the|a) JSON"):
+        weight_files.read(tmp_path).settings("config.json")
 
 
 def test_shards_are_read_in_the_order_of_the_index(tmp_path):
@@ -418,7 +402,7 @@ def test_shards_are_read_in_the_order_of_the_index(tmp_path):
     for path in (tmp_path, tmp_path / "model.safetensors.index.json"):
         file = weight_files.read(path)
         assert_same(file, expected)
-        assert (file.kind, file.config) == ("safetensors", CLIP)
+        assert (file.kind, file.settings("config.json")) == ("safetensors", CLIP)
         assert file.metadata == {"format": "pt", "total_size": 48}
         assert file.notes[-1] == "removed the prefix 'module.'"
 
