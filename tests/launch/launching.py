@@ -15,7 +15,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
 _SYSTEM = (
-    "bash cat dirname env git grep kill ls mkdir mktemp mv nohup rm setsid sleep tail tar tr"
+    "bash cat cp dirname env git grep gzip kill ls mkdir mktemp mv nohup rm setsid sleep tail tar"
+    " tee tr"
 ).split()
 
 _STUB = r"""#!/usr/bin/env bash
@@ -32,6 +33,7 @@ class Machine:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
+        self.checkout = ROOT  # whose launchers run
         self.bin = folder / "bin"
         self.calls_folder = folder / "calls"
         self.home = folder / "home"
@@ -59,7 +61,7 @@ class Machine:
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [self.bin / "bash", str(ROOT / "launch" / script), *arguments],
+            [self.bin / "bash", str(self.checkout / "launch" / script), *arguments],
             cwd=self.folder,
             env=self.environment(**variables),
             stdin=subprocess.DEVNULL,
