@@ -68,6 +68,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
@@ -75,7 +76,7 @@ class Machine:
         try:
             out, err = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)  # with whatever holds the pipes
             raise AssertionError(f"hangs; so far: {process.communicate()}") from None
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
