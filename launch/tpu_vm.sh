@@ -400,6 +400,12 @@ judge() {
     esac
 }
 
+# The first connection makes the ssh key and makes it known: alone, before sixteen do so at once.
+connect() {
+    ssh_one 0 true >"$scratch/0.out" 2>"$scratch/0.err" </dev/null ||
+        fail "worker 0 cannot be reached by ssh (gcloud: $(last_line <"$scratch/0.err"))"
+}
+
 running_somewhere() {
     local i
     ssh_all "report" "if [ -e itself_jax/launch/worker.sh ]; then $(on_worker status); else echo absent; fi" ||
@@ -423,6 +429,7 @@ case ${flag[action]} in
             [[ ${flag[queued]} == false ]] ||
                 run "${request[@]}" describe "$name" "${where[@]}" '--format=value(state.state)'
             count_workers
+            ssh_one 0 true
             install
             start
             show_log 0
@@ -435,6 +442,7 @@ case ${flag[action]} in
             ensure_there
             count_workers
             say "$name is ready: $workers workers"
+            connect
             if running_somewhere; then
                 say "the job runs already; following it"
                 started=true

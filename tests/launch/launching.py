@@ -74,7 +74,7 @@ class Machine:
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         process = self.start(script, *arguments, **variables)
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # with whatever holds the pipes
             raise AssertionError(f"hangs; so far: {process.communicate()}") from None

@@ -296,7 +296,7 @@ def test_leaving_by_a_signal_keeps_the_job(cluster):
     process = machine.start("gke.sh", *RUN)
     assert process.stdout.readline() == "following\n"
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert "the JobSet itself is still there" in err.splitlines()[-1]
     assert machine.calls_of(*KUBECTL, "delete") == []

@@ -109,12 +109,12 @@ def test_one_failure_ends_the_others_and_decides(machine):
         """
         ((JAX_PROCESS_ID == 1)) && { sleep 0.5; exit 1; }
         trap 'echo asked; exit 75' TERM
-        for _ in {1..300}; do sleep 0.1; done
+        for _ in {1..600}; do sleep 0.1; done
         """,
     )
     began = time.monotonic()
     result = machine.run("local.sh", "--processes=3", *JOB)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert result.returncode == 1
     assert sorted(result.stdout.splitlines()) == ["[0] asked", "[2] asked"]
     assert result.stderr.splitlines() == [
@@ -157,12 +157,12 @@ def test_a_process_that_does_not_notice_is_ended_after_the_grace(machine):
         if ((call > 3)); then exit 0; fi
         if ((JAX_PROCESS_ID == 1)); then exit 75; fi
         trap '' TERM
-        for _ in {1..300}; do sleep 0.1; done
+        for _ in {1..600}; do sleep 0.1; done
         """,
     )
     began = time.monotonic()
     result = machine.run("local.sh", "--processes=2", "--grace=1", *JOB)
-    assert 1.5 < time.monotonic() - began < 10  # once to notice SIGTERM, once before SIGKILL
+    assert 1.5 < time.monotonic() - began < 30  # once to notice SIGTERM, once before SIGKILL
     assert result.returncode == 0
     assert len(starts(machine)) == 4
 
@@ -174,13 +174,13 @@ def test_a_signal_reaches_every_process_and_is_waited_for(machine, number):
         """
         trap 'sleep 1; echo saved; exit 75' TERM
         echo ready
-        for _ in {1..300}; do sleep 0.1; done
+        for _ in {1..600}; do sleep 0.1; done
         """,
     )
     process = machine.start("local.sh", "--processes=2", *JOB)
     assert sorted(process.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert sorted(out.splitlines()) == ["[0] saved", "[1] saved"]
     assert err == "local.sh: stopped; the same command goes on\n"

@@ -298,6 +298,17 @@ def test_a_failure_of_worker_3_names_it_and_what_stays_billed(tpu, step, words, 
     assert len(stops) == (4 if words == "start the job" else 0)
 
 
+def test_a_tpu_that_ssh_does_not_reach_is_told_and_billed(tpu):
+    machine = tpu('if [[ $* == *--command=true* ]]; then echo "Connection refused" >&2; exit 1; fi')
+    result = machine.run("tpu_vm.sh", *RUN)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-2:] == [
+        "tpu_vm.sh: worker 0 cannot be reached by ssh (gcloud: Connection refused)",
+        BILLED,
+    ]
+    assert commands(machine, "pip install") == []
+
+
 def test_a_job_that_fails_on_worker_3_is_stopped_everywhere_and_its_sentence_shown(tpu):
     machine = tpu(r"""
         if [[ $* == *--action=start* ]]; then
@@ -390,7 +401,7 @@ def test_leaving_by_a_signal_keeps_the_job_and_says_what_is_billed(tpu):
     process = machine.start("tpu_vm.sh", *RUN)
     assert process.stdout.readline() == "following\n"
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     assert err.splitlines()[-2:] == [
         "tpu_vm.sh: the job goes on; to see it: launch/tpu_vm.sh --action=follow --name=itself"
@@ -429,6 +440,7 @@ def test_dry_run_prints_the_commands_and_runs_nothing(tpu):
         "gcloud compute tpus queued-resources create",
         "gcloud compute tpus queued-resources describe",
         "gcloud compute tpus tpu-vm describe",
+        "gcloud compute tpus tpu-vm ssh",
         "gcloud compute tpus tpu-vm scp",
         "gcloud compute tpus tpu-vm ssh",
         "gcloud compute tpus tpu-vm ssh",

@@ -14,7 +14,7 @@ def act(machine, action: str, *arguments: str):
     return machine.run("worker.sh", f"--action={action}", "--run=cuhk", *arguments)
 
 
-def wait_until(condition, seconds: float = 10) -> None:
+def wait_until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -59,7 +59,7 @@ def test_stop_waits_until_the_job_has_saved_and_follow_sees_it_end(machine):
     assert follower.stdout.readline() == "ready\n"
     assert state(machine) == "running"
     assert act(machine, "stop").stdout == "ended 75\n"
-    out, _ = follower.communicate(timeout=10)
+    out, _ = follower.communicate(timeout=60)
     assert out.splitlines() == ["saved", "worker.sh: stopped; the same command goes on"]
     assert len(machine.calls()) == 1
 
