@@ -61,7 +61,7 @@ def main() -> None:
     lines = ",\n".join(f"{json.dumps(n)}: {json.dumps(t)}" for n, t in sorted(types.items()))
     comment = (
         "Derived by make_jobset_schema.py from kubeflow-trainer-api 2.3.0, Copyright The Kubeflow"
-        " Authors, Apache License 2.0 (http://www.apache.org/licenses/LICENSE-2.0); changed as it"
+        " Authors, Apache License 2.0 (LICENSE.jobset.schema); changed as it"
         " says."
     )
     head = {
