@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itself_jax import checkpoint, dialects, weight_files
+from itself_jax import checkpoint, dialects, files, weight_files
 from itself_jax import config as config_lib
+from itself_jax.data import remote
 
 # What weights say about a configuration; pictures, stride and text length are the run's own.
 SIZES = (
@@ -61,7 +62,7 @@ class Weights(NamedTuple):
       of no use here), as far as known.
     """
 
-    source: pathlib.Path
+    source: files.Path
     kind: str
     dialect: dialects.Dialect
     origin: dialects.Dialect
@@ -97,9 +98,15 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
       WeightsError, WeightFileError, CheckpointError: it is nothing that can be understood here,
         damaged, or of an unknown layout; one sentence each.
     """
-    source = pathlib.Path(source).expanduser()
+    in_bucket = not remote.is_local(source)
+    source = files.place(source) if in_bucket else pathlib.Path(source).expanduser()
     if _is_checkpoint_folder(source) or _is_checkpoint_folder(source / "checkpoints"):
         return of_run(source, log)
+    if in_bucket:
+        raise WeightsError(
+            f"{source} is no work directory with checkpoints; copy a file of other weights here, "
+            "and give its local path."
+        )
     try:
         file = weight_files.read(source)
     except weight_files.WeightFileError:
@@ -145,7 +152,7 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     )
 
 
-def of_run(source: pathlib.Path, log: Log) -> Weights:
+def of_run(source: files.Path, log: Log) -> Weights:
     """The best checkpoint of a work directory, of its `checkpoints` folder, or of a conversion.
 
     Raises:
@@ -269,7 +276,7 @@ class _Held:
         return self._array
 
 
-def _is_checkpoint_folder(folder: pathlib.Path) -> bool:
+def _is_checkpoint_folder(folder: files.Path) -> bool:
     try:
         return any(
             (entry / "state").is_dir() and entry.name[0].isdigit() for entry in folder.iterdir()
@@ -331,7 +338,7 @@ def _unsaid_in(settings: Any) -> dict[str, Any]:
     return found if fits else {}
 
 
-def _settings_beside(folder: pathlib.Path) -> dict[str, Any]:
+def _settings_beside(folder: files.Path) -> dict[str, Any]:
     """From the `config.json` of the work directory around a folder of checkpoints; {} without."""
     for place in (folder.parent, folder):
         try:
@@ -428,7 +435,7 @@ def _is_by_openai(file: weight_files.TensorFile) -> bool:
 
 
 def _sizes(
-    source: pathlib.Path,
+    source: files.Path,
     dialect: dialects.Dialect,
     arrays: Mapping[str, dialects.Array],
     stated: Mapping[str, Any],
@@ -486,7 +493,7 @@ def _depth(arrays: Mapping[str, Any], tower: str) -> int:
     return 1 + max(map(int, layers), default=-1)
 
 
-def _num_identities(source: pathlib.Path, arrays: Mapping[str, dialects.Array]) -> int | None:
+def _num_identities(source: files.Path, arrays: Mapping[str, dialects.Array]) -> int | None:
     classes = {
         array.shape[-1] for name, array in arrays.items() if "_classifier/" in name and array.shape
     }
