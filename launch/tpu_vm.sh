@@ -326,7 +326,8 @@ install() {
 start() {
     local words
     words=$(on_worker start --python=.venv/bin/python "--compile_cache=${flag[compile_cache]}" \
-        "--max_restarts=${flag[max_restarts]}" "--max_quick=${flag[max_quick]}" -- "${job[@]}")
+        "--max_restarts=${flag[max_restarts]}" "--max_quick=${flag[max_quick]}" -- \
+        "${job[@]}" --config.distributed.detect=True) # jax asks the machine who the others are
     started=true
     if ! ssh_all "start the job" "$words"; then
         ssh_all "stop the job" "$(on_worker stop)" || true
