@@ -212,4 +212,94 @@ def test_rows_are_cut_on_their_device_and_come_back_in_order():
     np.testing.assert_array_equal(back, x)
     np.testing.assert_array_equal(np.asarray(parts)[0, :, 0] // 3, [0, 1, 4, 5, 8, 9, 12, 13])
     assert not re.search("all-|permute|scatter", compiled.as_text())
-    assert back.sharding.spec == parts.sharding.spec[1:2] == jax.sharding.PartitionSpec("data")
+    assert back.sharding.spec == jax.sharding.PartitionSpec("data")
+    assert parts.sharding.spec == jax.sharding.PartitionSpec(None, "data")
+
+
+# --- the reference's weights --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh__data": 8},
+        {"mesh__data": 4, "mesh__model": 2, "sharding": "fsdp"},
+        {"micro_batches": 2},
+        {"mesh__data": 2, "micro_batches": 4},
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_the_references_numbers_hold_on_every_mesh(monkeypatch, changes):
+    """Its weights, batch, losses, selected gradients and BatchNorm statistics, MARS at step 1."""
+    flat = {key.replace("__", "."): value for key, value in changes.items()}
+    config = config_lib.replace(
+        config_lib.Config(
+            model=golden_model.MODEL,
+            local=config_lib.Local(dim=128),
+            mesh=config_lib.Mesh(data=1),
+            batch_size=8,
+            precision="float32",
+        ),
+        flat,
+    )
+    # The recorded pictures are normalised already.
+    monkeypatch.setattr(step, "prepare_images", lambda images, erase=None: images)
+    training = step.make(
+        config, num_identities=golden_model.NUM_IDENTITIES, steps_per_epoch=(3,) * 60
+    )
+    mesh = sharding.make_mesh(config)
+    template = step.state_template(training, mesh)
+    variables = golden_model.variables()
+    state = jax.tree.map(lambda x: sharding.put(np.zeros(x.shape, x.dtype), x.sharding), template)
+    placed = {
+        part: jax.tree.map(lambda v, t: sharding.put(v, t.sharding), variables[part], place)
+        for part, place in (("params", template.params), ("batch_stats", template.batch_stats))
+    }
+    state = state._replace(**placed)
+    data = golden_model.batch()
+    batch = batch_lib.Batch(
+        data["images"], np.zeros((8, 4), np.int32), data["ids"], data["pids"], np.array(1, np.int32)
+    )
+
+    def run(state, batch):
+        k = training.bank_limits(state.step + 1, batch.epoch)
+        return training.gradients(state, batch, k)
+
+    with jax.set_mesh(mesh):
+        gradients, loss = jax.device_get(jax.jit(run)(state, sharding.shard_batch(mesh, batch)))
+    golden = golden_model.load("golden_f32_mixed_s16.npz")
+    prefix = "stable/custom_s1/"
+    golden_model.assert_close(loss.total, golden[f"{prefix}total_loss"], 5e-6)
+    ours = golden_model.flat(gradients)
+    names = [key for key in golden if key.startswith(f"{prefix}grad/full/")]
+    assert len(names) == 13
+    for key in names:
+        name = key.removeprefix(f"{prefix}grad/full/")
+        expected = golden_model.our_array(name, golden[key])
+        golden_model.assert_close(ours[golden_model.our_name(name)], expected, 1e-4, name)
+    after = golden_model.flat(loss.batch_stats)
+    for key in [key for key in golden if key.startswith(f"{prefix}bn_after/")]:
+        path = golden_model.our_name(key.removeprefix(f"{prefix}bn_after/"))
+        golden_model.assert_close(after[path], golden[key], 1e-5, path)
+
+
+# --- frozen layers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freeze", (1, -1))
+def test_frozen_parts_have_no_gradient_and_the_others_the_same(one, freeze):
+    result = gradients_of(changed(freeze_layers=freeze))
+    golden_model.assert_close(result.loss.total, one.loss.total, 2e-6)
+    for name, value in one.gradients.items():
+        encoder = re.fullmatch(r"(image|text)_encoder/(.*)", name)
+        below = encoder and not encoder[2].startswith(
+            ("transformer/layer_1", "ln_post", "ln_final", "projection")
+        )
+        if encoder and (freeze == -1 or below):
+            assert not result.gradients[name].any(), name
+        elif not name.endswith("grab/mlp_in/bias"):
+            golden_model.assert_close(result.gradients[name], value, 1e-5, name)
+    groups = make(changed(freeze_layers=freeze)).trained
+    frozen = [name for name, trained in golden_model.flat(groups).items() if not trained]
+    assert len(frozen) > 20
