@@ -62,20 +62,23 @@ class Workdir:
     def claim(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
         """Makes the directory, or checks that it is ours and that its configuration agrees.
 
-        Also locks it against other runs, until this process ends or `release` is called. Writes
-        nothing else: a start that fails later leaves it free for another configuration.
+        One that is ours is locked against other runs until `release` or the end of this process.
+        Writes nothing else: a start that fails later leaves it free for another configuration.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            if self._writes and self._is_local:
-                self._take_lock()
             entries = [
                 e.name
                 for e in (self.path.iterdir() if self.path.exists() else ())
                 if not e.name.startswith(".tmp-") and e.name != _LOCK
             ]
         if _CONFIG in entries:
-            self._check_same(config, compute_dtype, log)
+            self._take_lock()
+            try:
+                self._check_same(config, compute_dtype, log)
+            except WorkdirError:
+                self.release()
+                raise
         elif entries:
             raise WorkdirError(
                 f"{self.path} is not empty and holds no {_CONFIG} (found {sorted(entries)[0]!r}): "
@@ -88,7 +91,8 @@ class Workdir:
         compute_dtype: str,
         sizes_from_weights: Sequence[str] = (),
     ) -> None:
-        """Writes `config.json`: from here on the directory belongs to this configuration."""
+        """Locks it and writes `config.json`: from here on it belongs to this configuration."""
+        self._take_lock()
         self.write_json(
             _CONFIG,
             {
@@ -209,14 +213,16 @@ class Workdir:
     def release(self) -> None:
         """Lets another run have the directory."""
         if self._lock is not None:
+            (self.path / _LOCK).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
     def _take_lock(self) -> None:
-        if self._lock is not None:
+        if self._lock is not None or not (self._writes and self._is_local):
             return
         path = self.path / _LOCK
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with self._writing():
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # The system frees it when this process dies, in whatever way.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -227,14 +233,17 @@ class Workdir:
                 f"{self.path} is in use by {holder}: wait for it or stop it, or give another "
                 "--workdir."
             ) from error
-        except OSError:
-            os.close(descriptor)  # a file system without locks
+        except OSError:  # a file system without locks
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
             return
+        if not path.exists() or os.stat(path).st_ino != os.fstat(descriptor).st_ino:
+            os.close(descriptor)  # its last holder removed it meanwhile
+            return self._take_lock()
         os.truncate(descriptor, 0)
         since = datetime.datetime.now().isoformat(" ", "seconds")
-        os.write(
-            descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode()
-        )
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
+        os.write(descriptor, holder.encode())
         self._lock = descriptor
 
     def _check_same(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:

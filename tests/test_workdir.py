@@ -75,11 +75,21 @@ def test_a_directory_is_its_own_by_what_the_first_start_wrote(directory):
 def test_two_runs_on_one_directory_are_refused_and_the_holder_is_named(directory):
     directory.claim(CONFIG, "float32", print)
     directory.claim(CONFIG, "float32", print)  # its own again
+    with pytest.raises(workdir.WorkdirError, match="is in use by process"):
+        workdir.Workdir(directory.path).describe(CONFIG, "float32")
     with pytest.raises(workdir.WorkdirError) as error:
         workdir.Workdir(directory.path).claim(CONFIG, "float32", print)
     assert f"{directory.path} is in use by process {os.getpid()} on " in str(error.value)
     directory.release()
-    workdir.Workdir(directory.path).claim(CONFIG, "float32", print)
+    assert not (directory.path / ".lock").exists()
+    # What a killed run leaves behind is no obstacle.
+    (directory.path / ".lock").write_text("process 1 on moon")
+    other = workdir.Workdir(directory.path)
+    other.claim(CONFIG, "float32", print)
+    other.release()
+    with pytest.raises(workdir.WorkdirError, match="another configuration"):
+        other.claim(config_lib.Config(batch_size=64), "float32", print)
+    assert not (directory.path / ".lock").exists()
 
 
 def test_a_process_that_does_not_write_leaves_no_file(tmp_path):
