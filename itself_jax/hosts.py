@@ -171,7 +171,7 @@ class Hosts:
             )
 
     def finish(self) -> None:
-        """Leaves the others in order, at the end of the work."""
+        """Leaves the others in order, where all of them end or stop."""
         if self.count > 1:
             self.barrier("finish")
             self._over.set()

@@ -79,6 +79,9 @@ def main(argv: Sequence[str]) -> None:
         run = train.run if _MODE.value == "train" else train.evaluate_only
         run(config, _WORKDIR.value, _INTERRUPTS, ours)
         ours.finish()
+    except interrupt.Interrupted:
+        ours.finish()
+        raise
     except config_lib.ConfigError as error:
         ours.fail(command.REJECTED, error)
     except Exception as error:
