@@ -1,4 +1,4 @@
-"""The programs of a run, compiled for machines that are not here: what they need and what they send.
+"""The programs of a run, compiled for machines that are not here: what they need and send.
 
 `plan` compiles the train step and both encoders at full size with the real compiler of a topology
 and reads its answer: memory, operations, collectives. Nothing is run, so nothing here is a measured

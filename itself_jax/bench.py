@@ -122,6 +122,7 @@ COMMANDS: dict[str, Callable[[config_lib.Config], None]] = {"aot": _aot}
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag or key ends the program with 2 and one sentence."""
     try:
+        command.check_overrides(argv)
         rest = flags.FLAGS(list(argv))
         if len(rest) != 2 or rest[1] not in COMMANDS:
             got = " ".join(rest[1:]) or "nothing"
@@ -132,7 +133,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         if not flags.FLAGS["config"].present:
             raise flags.Error("--config is required, e.g. --config=configs/cuhk.py")
         return rest
-    except flags.Error as error:
+    except (flags.Error, config_lib.ConfigError) as error:
         command.stop(command.REJECTED, error)
     except Exception as error:  # a config file is a program: it may fail in any way
         command.stop(command.REJECTED, f"--config: {error}")
