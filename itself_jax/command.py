@@ -109,3 +109,21 @@ def move(temporary: pathlib.Path, path: pathlib.Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         old.unlink(missing_ok=True)
+
+
+def check_overrides(argv: Sequence[str]) -> None:
+    """Whether every `--config.KEY=…` names a setting; before the flags themselves are parsed.
+
+    Raises:
+      ConfigError: no such key, or a group of keys.
+    """
+    known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
+    for argument in argv[1:]:
+        override = re.match(r"--config\.([^=]+)", argument)
+        key = override[1] if override else ""
+        if key and (group := [name for name in known if name.startswith(f"{key}.")]):
+            raise config_lib.ConfigError(
+                f"config.{key} is a group of keys; set one of them, e.g. --config.{group[0]}=…"
+            )
+        if key and key not in known:
+            raise config_lib.ConfigError(config_lib.unknown_key(key))

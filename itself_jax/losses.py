@@ -47,9 +47,38 @@ def tal(
 
     No gradient flows through α. A row without negatives (a batch of one identity) has loss 0.
     """
+    return jnp.sum(
+        sharding.by_rows(
+            lambda *own: _tal(*_everyone(*own), temperature=temperature, margin=margin),
+            *(image, text, pids),
+        )
+    )
+
+
+class _Rows(NamedTuple):
+    """Rows of the batch twice: a device's own, and everyone's."""
+
+    own: Array
+    everyone: Array
+
+    def map(self, function: Callable[[Array], Array]) -> "_Rows":
+        return _Rows(function(self.own), function(self.everyone))
+
+
+def _everyone(*arrays: Array) -> tuple[_Rows, ...]:
+    """Only inside of `sharding.by_rows`: each of the arrays as `_Rows`."""
+    return tuple(_Rows(x, sharding.gather_rows(x)) for x in arrays)
+
+
+def _tal(
+    image: _Rows, text: _Rows, pids: _Rows, *, temperature: float, margin: float
+) -> Float[Array, " b"]:
+    """The loss of each of a device's own rows, both directions."""
     # Plain division, unlike CID's normalisation: three of them coexist in the reference.
-    image = image / jnp.linalg.norm(image, axis=-1, keepdims=True)
-    text = text / jnp.linalg.norm(text, axis=-1, keepdims=True)
+    image, text = (
+        x.map(lambda rows: rows / jnp.linalg.norm(rows, axis=-1, keepdims=True))
+        for x in (image, text)
+    )
     positive = _same(pids)
     return sum(
         _tal_rows(_similarity(*pair), positive, temperature, margin)
@@ -57,17 +86,13 @@ def tal(
     )
 
 
-def _similarity(rows: Float[Array, "b d"], columns: Float[Array, "b d"]) -> Float[Array, "b b"]:
-    """Inner products; the rows stay where they are, the columns go to every device."""
-    columns = sharding.constrain(columns, "gathered", None)
-    product = jnp.einsum("rd,cd->rc", rows, columns, precision=_EXACT)
-    return sharding.constrain(product, "batch", "gathered")
+def _similarity(rows: _Rows, columns: _Rows) -> Float[Array, "r b"]:
+    return jnp.einsum("rd,cd->rc", rows.own, columns.everyone, precision=_EXACT)
 
 
-def _same(pids: Int[Array, " b"]) -> Bool[Array, "b b"]:
+def _same(pids: _Rows) -> Bool[Array, "r b"]:
     """Which pairs are of one identity."""
-    everyone = sharding.constrain(pids, "gathered")
-    return sharding.constrain(pids[:, None] == everyone[None, :], "batch", "gathered")
+    return pids.own[:, None] == pids.everyone[None, :]
 
 
 def _tal_rows(similarity, positive, temperature, margin):
@@ -79,20 +104,25 @@ def _tal_rows(similarity, positive, temperature, margin):
     negatives = jnp.where(positive & has_negative[:, None], -jnp.inf, scaled)
     repulsion = temperature * jax.nn.logsumexp(negatives, axis=1)
     rows = jnp.maximum(0.0, margin - attraction + repulsion)
-    return jnp.sum(jnp.where(has_negative, rows, 0.0))
+    return jnp.where(has_negative, rows, 0.0)
 
 
 def hard_negatives(
     image: Float[Array, "b d"], text: Float[Array, "b d"], pids: Int[Array, " b"]
 ) -> HardNegatives:
     """Highest cosine among other identities; ties → lower index; index 0 when there is none."""
-    image, text = (
-        x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        for x in (jax.lax.stop_gradient(image), jax.lax.stop_gradient(text))
-    )
+    return sharding.by_rows(lambda *own: _hard_negatives(*_everyone(*own)), image, text, pids)
+
+
+def _hard_negatives(image: _Rows, text: _Rows, pids: _Rows) -> HardNegatives:
+    def normalised(x: Array) -> Array:
+        x = jax.lax.stop_gradient(x)
+        return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+    image, text = image.map(normalised), text.map(normalised)
     same = _same(pids)
 
-    def hardest(rows: Array, columns: Array) -> Int[Array, " b"]:
+    def hardest(rows: _Rows, columns: _Rows) -> Int[Array, " r"]:
         return jnp.argmax(jnp.where(same, -jnp.inf, _similarity(rows, columns)), axis=1)
 
     return HardNegatives(image=hardest(text, image), text=hardest(image, text))
@@ -137,14 +167,35 @@ def cid(
     cross-entropies averaged. Gradients flow through the negatives. In a batch of one identity,
     which has no negatives, the matched pairs alone count.
     """
-    negatives = hard_negatives(image, text, pids)
+    negatives = sharding.by_rows(lambda *own: _negatives(*_everyone(*own)), image, text, pids)
+    return _cid(image, text, negatives, pids, pair_logits, mismatch)
 
+
+class _Negatives(NamedTuple):
+    """The embeddings behind `HardNegatives`."""
+
+    image: Float[Array, "b d"]
+    text: Float[Array, "b d"]
+
+
+def _negatives(image: _Rows, text: _Rows, pids: _Rows) -> _Negatives:
+    indices = _hard_negatives(image, text, pids)
+    return _Negatives(image.everyone[indices.image], text.everyone[indices.text])
+
+
+def _cid(
+    image: Float[Array, "b d"],
+    text: Float[Array, "b d"],
+    negatives: _Negatives,
+    pids: Int[Array, " b"],
+    pair_logits: Logits,
+    mismatch: Int[Array, ""],
+) -> Float[Array, ""]:
     def stacked(*thirds: Array) -> Array:
         # Along an axis of its own: the rows of a device stay on it.
         return sharding.constrain(jnp.stack(thirds), None, "batch", *[None] * (thirds[0].ndim - 1))
 
-    hard_image, hard_text = _pick(image, negatives.image), _pick(text, negatives.text)
-    images, texts = stacked(image, hard_image, image), stacked(text, text, hard_text)
+    images, texts = stacked(image, negatives.image, image), stacked(text, text, negatives.text)
     mismatched = jnp.full_like(pids, mismatch)
     labels = stacked(pids, mismatched, mismatched)
     has_negative = jnp.any(pids != pids[0]).astype(jnp.float32)
@@ -153,13 +204,6 @@ def cid(
     forward = cross_entropy(pair_logits(images, texts), labels, weights)
     backward = cross_entropy(pair_logits(texts, images), labels, weights)
     return (forward + backward) / 2
-
-
-def _pick(embeddings: Float[Array, "b d"], indices: Int[Array, " b"]) -> Float[Array, "b d"]:
-    """The embeddings of any rows, wherever they are."""
-    return sharding.constrain(
-        sharding.constrain(embeddings, "gathered", None)[indices], "batch", None
-    )
 
 
 def branch(
@@ -175,8 +219,14 @@ def branch(
 ) -> BranchLosses:
     """All terms of one branch; the total loss is the plain sum over terms and branches."""
     image, text = image.astype(jnp.float32), text.astype(jnp.float32)
+
+    def across(*own: Array) -> tuple[Float[Array, " r"], _Negatives]:
+        rows = _everyone(*own)  # gathered once, for both terms
+        return _tal(*rows, temperature=temperature, margin=margin), _negatives(*rows)
+
+    tal_rows, negatives = sharding.by_rows(across, image, text, pids)
     return BranchLosses(
-        tal=tal(image, text, pids, temperature=temperature, margin=margin),
-        cid=cid(image, text, pids, pair_logits, mismatch=mismatch),
+        tal=jnp.sum(tal_rows),
+        cid=_cid(image, text, negatives, pids, pair_logits, mismatch),
         id=cross_entropy(identity_logits(image), pids) + cross_entropy(identity_logits(text), pids),
     )

@@ -11,6 +11,7 @@ that, spread over all devices while they are not in use.
 import collections
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,18 +79,22 @@ class Placement(NamedTuple):
     whole: dict[str, list[str]]
 
 
-def make_mesh(config: config_lib.Config) -> Mesh:
+def make_mesh(config: config_lib.Config, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, model) mesh over all devices of all hosts; `mesh.data=-1` takes what is left.
 
     Fewer devices than there are may be asked for while one process has them all.
 
+    devices: others than this program's own, e.g. of a machine that is only compiled for.
+
     Raises:
       ConfigError: the axes do not fit the devices, or batch, heads or hidden units the axes.
     """
-    settings, available = config.mesh, jax.device_count()
+    own = devices is None
+    devices = jax.devices() if own else devices
+    settings, available = config.mesh, len(devices)
     data = max(1, available // settings.model) if settings.data == -1 else settings.data
     wanted = data * settings.model
-    if wanted > available or (wanted < available and jax.process_count() > 1):
+    if wanted > available or (wanted < available and own and jax.process_count() > 1):
         raise config_lib.ConfigError(
             f"config.mesh.data={data} x config.mesh.model={settings.model} is {wanted} devices, "
             f"but {available} are there; set config.mesh.data=-1 for all of them."
@@ -100,9 +105,9 @@ def make_mesh(config: config_lib.Config) -> Mesh:
             "divisor, or set config.mesh.data as well."
         )
     check_divisible(config, data)
-    devices = np.array(jax.devices()[:wanted]).reshape(data, settings.model)
+    grid = np.array(devices[:wanted]).reshape(data, settings.model)
     # Auto axes: Linen fails on the Explicit ones that `jax.make_mesh` gives by default.
-    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 def check_divisible(config: config_lib.Config, data: int) -> None:
@@ -120,11 +125,6 @@ def check_divisible(config: config_lib.Config, data: int) -> None:
             f"config.batch_size={config.batch_size} is not divisible by {pieces}; use a multiple "
             f"of {math.lcm(parts, config.num_instances)}, or set config.mesh.data."
         )
-    if config.eval.batch_size % data:
-        raise config_lib.ConfigError(
-            f"config.eval.batch_size={config.eval.batch_size} is not divisible by the {data} "
-            f"devices of config.mesh.data; use a multiple of {data}."
-        )
     shards = config.mesh.model
     spread = {
         "model.vision_heads": config.model.vision_heads,
@@ -137,6 +137,12 @@ def check_divisible(config: config_lib.Config, data: int) -> None:
             raise config_lib.ConfigError(
                 f"config.mesh.model={shards} does not divide {name}={size}; choose a divisor of it."
             )
+
+
+def eval_batch_size(config: config_lib.Config, mesh: Mesh) -> int:
+    """`config.eval.batch_size`, made a multiple of the devices: what is beyond it is padding."""
+    n = mesh.shape["data"]
+    return -(-config.eval.batch_size // n) * n
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -291,6 +297,26 @@ def join_rows(x: jax.Array) -> jax.Array:
     x = x.reshape(parts, n, rows // n, *x.shape[2:]).swapaxes(0, 1)
     x = constrain(x, "batch", *[None] * (x.ndim - 1))
     return constrain(x.reshape(parts * rows, *x.shape[3:]), "batch", *[None] * (x.ndim - 3))
+
+
+def by_rows(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`function(*arrays)` with every device computing the rows that it has, and only those.
+
+    Where the compiler is left to choose, it may gather the rows of the whole batch on each device.
+    `function` returns arrays with one row for each of its own; `gather_rows` gives it all others.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*arrays)
+    axis = RULES["batch"]
+    rows = PartitionSpec(axis)
+    return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names={axis})(*arrays)
+
+
+def gather_rows(x: jax.Array) -> jax.Array:
+    """Inside of `by_rows`: the rows of all devices. Gradients are summed and spread again."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.all_gather(x, RULES["batch"], tiled=True)
 
 
 def _gathered(used: PartitionSpec, stored: PartitionSpec) -> Any:

@@ -429,18 +429,38 @@ def compile_encoders(
 
     variables: shapes and places of "params" and "batch_stats"; classifiers may be absent.
     """
-    config = training.config
-    rows = sharding.batch(mesh)
-    b = config.eval.batch_size
-    pixels = jax.ShapeDtypeStruct((b, *config.model.image_size, 3), np.uint8, sharding=rows)
-    ids = jax.ShapeDtypeStruct((b, config.model.text_length), np.int32, sharding=rows)
-    whole = sharding.replicated(mesh)
+    return (
+        compile_image_encoder(training, variables, mesh),
+        compile_text_encoder(training, variables, mesh),
+    )
 
-    def compiled(encode: Callable[..., Any], batch: Any) -> Callable[..., Any]:
-        return jax.jit(encode, out_shardings=whole).lower(variables, batch).compile()
 
+def compile_image_encoder(
+    training: Training, variables: Any, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """As `compile_encoders`: (variables, pixels) → embeddings."""
+    shape = (*training.config.model.image_size, 3)
+    return _compile_encoder(training, training.encode_images, variables, mesh, shape, np.uint8)
+
+
+def compile_text_encoder(
+    training: Training, variables: Any, mesh: jax.sharding.Mesh
+) -> Callable[..., Any]:
+    """As `compile_encoders`: (variables, token ids) → embeddings."""
+    shape = (training.config.model.text_length,)
+    return _compile_encoder(training, training.encode_captions, variables, mesh, shape, np.int32)
+
+
+def _compile_encoder(
+    training: Training,
+    encode: Callable[..., Any],
+    variables: Any,
+    mesh: jax.sharding.Mesh,
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> Callable[..., Any]:
+    b = sharding.eval_batch_size(training.config, mesh)
+    batch = jax.ShapeDtypeStruct((b, *shape), dtype, sharding=sharding.batch(mesh))
     with jax.set_mesh(mesh):
-        return (
-            compiled(training.encode_images, pixels),
-            compiled(training.encode_captions, ids),
-        )
+        jitted = jax.jit(encode, out_shardings=sharding.replicated(mesh))
+        return jitted.lower(variables, batch).compile()

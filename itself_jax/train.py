@@ -468,18 +468,17 @@ def encode_and_rank(
     config = this.config
     encode_images, encode_captions = this.encoders
     rows = sharding.host_rows(this.mesh)
+    batch_size = sharding.eval_batch_size(config, this.mesh)
     embeddings = evaluate.encode_corpus(
         lambda pixels: encode_images(variables, pixels),
         lambda ids: encode_captions(variables, ids),
         pipeline.image_batches(
             split,
             image_size=config.model.image_size,
-            batch_size=config.eval.batch_size,
+            batch_size=batch_size,
             shard=rows,
         ),
-        pipeline.caption_batches(
-            split, this.tokenizer, batch_size=config.eval.batch_size, shard=rows
-        ),
+        pipeline.caption_batches(split, this.tokenizer, batch_size=batch_size, shard=rows),
         split=split,
         should_stop=this.interrupts.check,
         place=lambda batch: sharding.shard_batch(this.mesh, batch),

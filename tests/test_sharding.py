@@ -147,7 +147,6 @@ def test_every_way_to_spread_or_cut_a_batch_gives_the_gradients_of_one_device(on
             "batch_size=16 is not divisible by the 4 devices of config.mesh.data x "
             "config.micro_batches=8; use a multiple of 32",
         ),
-        ({"mesh__data": 8, "eval__batch_size": 12}, "config.eval.batch_size=12 is not divisible"),
         ({"mesh__data": 1, "mesh__model": 8}, "config.mesh.model=8 does not divide model.vision_h"),
         (
             {"mesh__data": 1, "mesh__model": 4, "local__dim": 36},
@@ -158,6 +157,13 @@ def test_every_way_to_spread_or_cut_a_batch_gives_the_gradients_of_one_device(on
 def test_axes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
         sharding.make_mesh(changed(**changes))
+
+
+def test_evaluation_batches_are_padded_to_the_devices():
+    config = changed(mesh__data=8, eval__batch_size=12)
+    assert sharding.eval_batch_size(config, sharding.make_mesh(config)) == 16
+    assert sharding.eval_batch_size(CONFIG, sharding.make_mesh(CONFIG)) == 16
+    assert sharding.eval_batch_size(changed(eval__batch_size=3), sharding.make_mesh(CONFIG)) == 3
 
 
 def test_a_parameter_or_axis_without_a_rule_is_an_error():

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from itself_jax import sharding
+
 _EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -178,13 +180,18 @@ def bank_schedule(
     return np.array([int(candidates * start * (end / start) ** t) for t in steps], np.int32)
 
 
+def _highest(values: Float[Array, "b n"], k: int) -> Int[Array, "b k"]:
+    # By rows: the compilers would gather those of the whole batch for it.
+    return sharding.by_rows(lambda own: jax.lax.top_k(own, k)[1], values)
+
+
 def image_bank(saliency: Float[Array, "b n"], k: Int[Array, ""] | int, *, k_max: int) -> Bank:
     """Top-k patches without CLS (token 0). Ties: the lower index first.
 
     `k` may be traced; shapes depend on `k_max` alone, so that one compilation serves a whole run.
     """
     candidates = saliency.at[:, 0].set(-1.0)  # below every real saliency
-    _, indices = jax.lax.top_k(candidates, k_max)
+    indices = _highest(candidates, k_max)
     kept = jnp.arange(k_max) < k
     return Bank(indices, kept, jnp.broadcast_to(kept, indices.shape))
 
@@ -208,7 +215,7 @@ def text_bank(
     candidates = jnp.where(ids == 0, 0.0, saliency)
     excluded = (position == 0)[None] | (position[None] == eot[:, None])
     candidates = jnp.where(excluded, -1.0, candidates)
-    _, indices = jax.lax.top_k(candidates, k_max)
+    indices = _highest(candidates, k_max)
     words = jnp.sum(ids != 0, axis=1) - 2
     wordless = words < 1
     indices = indices.at[:, 0].set(jnp.where(wordless, eot, indices[:, 0]))
