@@ -165,14 +165,20 @@ def assert_data_parallel(program: dict, config: config_lib.Config, weights: dict
     b, width = config.batch_size, config.model.embed_dim + config.local.dim
     features = 2 * 4 * b * width  # both modalities, float32; where they were bfloat16, half of it
     ids = 4 * b
-    assert features / 2 < total.pop("all-gather") <= features + ids
-    assert total.pop("reduce-scatter") == features  # of their gradients
+    # Over many devices the TPU compiler does some of the gathering and of the scattering of their
+    # gradients by all-reduce.
+    gathered, scattered = total.pop("all-gather"), total.pop("reduce-scatter")
+    assert gathered <= features + ids and scattered <= features
+    otherwise = 2 * features + ids - gathered - scattered
+    if program["collectives"][0]["group"] == 8:
+        assert gathered > features / 2 and scattered == features
+        otherwise = 0
     # BatchNorm: mean, variance, and three sums of the backward pass, on both sides.
     batch_norm = 2 * 5 * 4 * (config.local.dim // 2)
     # Loss and gradient norm, largest label, "is there another identity", the first label.
     scalars = 512 + ids
     reduced = total.pop("all-reduce")
-    assert weights["least"] <= reduced <= weights["most"] + batch_norm + scalars
+    assert weights["least"] <= reduced <= weights["most"] + batch_norm + scalars + otherwise
     assert set(total.values()) == {0}
     assert not program["calls_host"]
     assert program["square"] == 0
@@ -182,8 +188,8 @@ def gradient_bytes(config: config_lib.Config, identities: int) -> dict[str, int]
     """Bounds on what is reduced over the devices.
 
     least: the towers and GRAB in the compute type, the classifiers in float32. most: all in
-    float32, and CID's classifiers twice: they see both orders of a pair, and not every compiler
-    adds the two gradients before it sends them.
+    float32, and the classifiers twice: they see both orders of a pair or both modalities, and not
+    every compiler adds the two gradients before it sends them.
     """
     training = step.make(config, num_identities=identities, steps_per_epoch=(3,) * 60)
     shapes = jax.eval_shape(lambda: training.init(0)).params
@@ -196,7 +202,7 @@ def gradient_bytes(config: config_lib.Config, identities: int) -> dict[str, int]
         if counts:
             name = jax.tree_util.keystr(path)
             least += leaf.size * (4 if "_heads" in name else narrow)
-            most += 4 * leaf.size * (2 if "pair_" in name else 1)
+            most += 4 * leaf.size * (2 if "_heads" in name else 1)
     return {"least": least, "most": most}
 
 
