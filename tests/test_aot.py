@@ -40,6 +40,20 @@ ENTRY %main (a: f32[2,3]) -> f32[16,3] {
   ROOT %all-reduce.3 = (f32[3]{0}, /*index=1*/pred[5]{0}) all-reduce(%e, %f), replica_groups={}, to_apply=%add
 }
 """  # noqa: E501
+CHAINED = """
+%fused.1 (p: f32[2,4]) -> f32[16,4] {
+  %all-gather.1 = f32[16,4]{1,0} all-gather(%p), replica_groups={}, frontend_attributes={chain_id="0"}
+  ROOT %s = f32[16,4]{1,0} custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (p: f32[2,4], q: bf16[9]) -> (bf16[9], f32[16,4]) {
+  %all-gather.2 = f32[16,4]{1,0} all-gather(%p), replica_groups={}, frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.3 (p: f32[2,8], q: bf16[9]) -> (bf16[9], f32[16,8]) {
+  %all-gather.3 = f32[16,8]{1,0} all-gather(%p), replica_groups={}, frontend_attributes={chain_id="1"}
+}
+"""  # noqa: E501
 GPU = """
 ENTRY %main (a: f32[32,512]) -> f32[256,512] {
   %all-gather-start = ((f32[32,512]{1,0}, s32[32]{0}), (f32[256,512]{1,0}, s32[256]{0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
@@ -62,6 +76,11 @@ def test_collectives_of_a_tpu_program():
         ("all-reduce", 17, 16, 1),  # {}: all devices; the one among single devices is none
     ]
     assert aot.collectives(TPU, 16)[1].source == "jit(step)/grad"
+
+
+def test_a_collective_behind_a_chain_of_operations_counts_once():
+    found = [c[:4] for c in aot.collectives(CHAINED, 8)]
+    assert found == [("all-gather", 256, 8, 1), ("all-gather", 512, 8, 1)]
 
 
 def test_asynchronous_collectives_of_a_gpu_program_count_once():
