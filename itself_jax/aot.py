@@ -183,9 +183,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """Every collective in the text of an optimised program, in its order.
 
     Those inside of a loop of known length count as often as it runs. An all-reduce of which the
-    compiler keeps each device its part (a fusion that TPUs have) is the reduce-scatter it is.
+    compiler keeps each device its part (a fusion that TPUs have) is the reduce-scatter it is. One
+    that goes on behind a chain of other operations is named in each of them, and counts once.
     """
-    computation, found, loops = "", [], {}
+    computation, found, loops, chains = "", [], {}, set()
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             computation = header[1]
@@ -195,6 +196,10 @@ def collectives(text: str, devices: int) -> list[Collective]:
         for name in called:
             loops.setdefault(name, []).append((computation, int(trips[1]) if trips else 1))
         if match := _COLLECTIVE.match(line):
+            if chain := re.search(r'chain_id="(\d+)"', line):
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             found.append((computation, line, match))
     result = []
     for computation, line, match in found:
