@@ -265,6 +265,8 @@ class Checkpoints:
         """The first of `order` that is intact, and those before it that are not."""
         damaged: list[_Slot] = []
         reason = ""
+        # Another process may see what this one does not yet.
+        order = [_Slot(*slot) for slot in self._ours.from_first([list(slot) for slot in order])]
         for slot in order:
             path = self.folder / slot.name
             try:
@@ -302,9 +304,7 @@ class Checkpoints:
         raise error or ValueError("another process cannot read it")
 
     def _move_aside(self, damaged: Iterable["_Slot"]) -> None:
-        if not self._ours.leads or not remote.is_local(self.folder):
-            return
-        for slot in damaged:
+        for slot in damaged if self._ours.leads and remote.is_local(self.folder) else ():
             target, attempt = self.folder / f"damaged-{slot.name}", 1
             while target.exists():
                 attempt += 1
@@ -462,8 +462,10 @@ def _read(path: files.Path, template: Any) -> tuple[dict[str, Any], Any]:
     """Document and state; CheckpointError for another model, anything else means damage."""
     document = _read_document(path)
     _check_same_arrays(path, template, document["arrays"])
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        state = reader.restore(path / "state", args=ocp.args.StandardRestore(template))
+    # Not through a Checkpointer, which waits for the other processes in the end: one that fails
+    # would leave them waiting.
+    handler = ocp.StandardCheckpointHandler()
+    state = handler.restore(path / "state", args=ocp.args.StandardRestore(template))
     _verify(state, document["arrays"])
     return document, state
 
@@ -481,8 +483,7 @@ def _read_parts(path: files.Path, parts: Collection[str]) -> tuple[dict[str, Any
             node[last] = jax.ShapeDtypeStruct(tuple(array["shape"]), np.dtype(array["dtype"]))
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), template)
     arguments = ocp.args.PyTreeRestore(template, restore_args=as_numpy, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        state = reader.restore(path / "state", args=arguments)
+    state = ocp.PyTreeCheckpointHandler().restore(path / "state", args=arguments)
     _verify(state, document["arrays"])
     return document, state
 

@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -21,7 +22,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from itself_jax import command
@@ -32,6 +32,8 @@ from itself_jax import config as config_lib
 _BEAT, _PATIENCE, _JAX_PATIENCE = 1.0, 12.0, 25
 _LONGEST_WAIT = 3600  # of processes that all live
 _ALIVE, _FAILED = "itself_jax/alive/", "itself_jax/failed/"
+# How texts of the runtime's errors begin, whatever type they have.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -52,7 +54,7 @@ class Hosts:
         self._address: str | None = None
         self._joining: float | None = None
         self._leaving: int | None = None
-        self._asked = self._barriers = 0
+        self._asked = self._barriers = self._exchanges = 0
         self._over = threading.Event()
         self._names: dict[int, str] = {}
         self._handler: Any = None  # kept alive for C
@@ -104,6 +106,7 @@ class Hosts:
         self._address = self._address or _state().coordinator_address
         if self.count > 1:
             threading.Thread(target=self._watch, daemon=True).start()
+            self._names = dict(enumerate(self._exchange(_who())))
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Compares what every process is about to do with what process 0 is.
@@ -115,14 +118,8 @@ class Hosts:
         """
         if self.count == 1:
             return
-        text = json.dumps(dict(facts), sort_keys=True, default=str).encode()
-        sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32))
-        row = np.zeros(int(np.max(sizes)), np.uint8)
-        row[: len(text)] = np.frombuffer(text, np.uint8)
-        rows = np.asarray(multihost_utils.process_allgather(row)).reshape(self.count, -1)
-        everyone = [
-            json.loads(bytes(r[: int(n)])) for r, n in zip(rows, np.ravel(sizes), strict=True)
-        ]
+        text = json.dumps(dict(facts), sort_keys=True, default=str)
+        everyone = [json.loads(said) for said in self._exchange(text)]
         for other, theirs in enumerate(everyone):
             for name in sorted(everyone[0].keys() | theirs.keys()):
                 mine, yours = everyone[0].get(name), theirs.get(name)
@@ -149,20 +146,16 @@ class Hosts:
 
     def all_true(self, value: bool) -> bool:
         """Whether it is true in every process."""
-        if self.count == 1:
-            return value
-        return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+        return all(json.loads(said) for said in self._exchange(json.dumps(bool(value))))
 
-    def from_first(self, number: int) -> int:
-        """The number that process 0 has."""
-        if self.count == 1:
-            return number
-        return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int64)))
+    def from_first(self, value: Any) -> Any:
+        """What process 0 has: anything that is JSON."""
+        return json.loads(self._exchange(json.dumps(value))[0])
 
     def barrier(self, name: str) -> None:
         """Waits until every process is here; after compilations, which take unequally long.
 
-        Not on the devices: a collective of theirs gives up after half a minute.
+        Not on the devices: their first collective gives up after half a minute.
         """
         if self.count > 1:
             self._barriers += 1
@@ -173,17 +166,19 @@ class Hosts:
     def finish(self) -> None:
         """Leaves the others in order, where all of them end or stop."""
         if self.count > 1:
-            self.barrier("finish")
+            # Everything is saved: whoever has gone meanwhile changes nothing about that.
+            with contextlib.suppress(Exception):
+                self.barrier("finish")
             self._over.set()
-            jax.distributed.shutdown()
+            with contextlib.suppress(Exception):
+                jax.distributed.shutdown()
 
     def explain(self, error: BaseException) -> None:
         """Waits for the verdict on the others after an error that the loss of one may have caused.
 
         Ends this process if one is lost; returns if the error is this process's own.
         """
-        own = not isinstance(error, jax.errors.JaxRuntimeError) and "UNKNOWN:" not in str(error)
-        if self.count == 1 or own:
+        if self.count == 1 or not _is_of_the_runtime(error):
             return
         time.sleep(_PATIENCE + 3 * _BEAT)  # `_watch` knows by then
 
@@ -204,21 +199,33 @@ class Hosts:
             # Not through jax's own end, which waits for processes that are gone.
             os._exit(code)
 
+    def _exchange(self, text: str) -> list[str]:
+        """What each process says here, by index; every process comes to the same exchanges."""
+        if self.count == 1:
+            return [text]
+        client, self._exchanges = _state().client, self._exchanges + 1
+        # Not on the devices: whoever reads its data half a minute longer would be given up.
+        key = f"itself_jax/said/{self._exchanges}/"
+        client.key_value_set(f"{key}{self.index}", text)
+        wait = _LONGEST_WAIT * 1000
+        return [client.blocking_key_value_get(f"{key}{i}", wait) for i in range(self.count)]
+
     def _watch(self) -> None:
         """Shows that this process lives, and ends it when another one does not."""
-        client, beat = _state().client, 0
-        seen: dict[int, tuple[str, float]] = {}
+        client, beat, answered = _state().client, 0, time.monotonic()
+        # Also of those that never came to show one.
+        seen = {index: ("", time.monotonic()) for index in range(self.count)}
         while not self._over.wait(_BEAT):
             beat += 1
             try:
-                sign = f"{beat} {socket.gethostname()}, process {os.getpid()}"
-                client.key_value_set(f"{_ALIVE}{self.index}", sign, allow_overwrite=True)
+                client.key_value_set(f"{_ALIVE}{self.index}", str(beat), allow_overwrite=True)
                 failed = client.key_value_dir_get(_FAILED)
                 alive = client.key_value_dir_get(_ALIVE)
             except Exception:
-                if not self._over.is_set():
+                if time.monotonic() - answered > _PATIENCE and not self._over.is_set():
                     self._lost(0)
-                return
+                continue
+            answered = time.monotonic()
             for key, value in failed:
                 code, _, reason = value.partition(" ")
                 index = int(key.rsplit("/", 1)[1])
@@ -227,10 +234,10 @@ class Hosts:
             now = time.monotonic()
             for key, value in alive:
                 index = int(key.rsplit("/", 1)[1])
-                self._names[index] = value.partition(" ")[2]
-                if index not in seen or seen[index][0] != value:
+                if seen[index][0] != value:
                     seen[index] = value, now
-                elif now - seen[index][1] > _PATIENCE and not self._over.is_set():
+            for index, (_, last) in seen.items():
+                if now - last > _PATIENCE and not self._over.is_set():
                     self._lost(index)
 
     def _lost(self, index: int) -> NoReturn:
@@ -281,6 +288,10 @@ def code_facts() -> dict[str, Any]:
     for path in sorted(folder.rglob("*.py")):
         checksum = zlib.crc32(path.read_bytes(), checksum)
     return facts | {"checksum of itself_jax": f"{checksum:08x}"}
+
+
+def _who() -> str:
+    return f"{socket.gethostname()}, process {os.getpid()}"
 
 
 def _explicit(
@@ -335,6 +346,16 @@ def _in_a_cluster(environment: Mapping[str, str]) -> bool:
         or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     )
+
+
+def _is_of_the_runtime(error: BaseException | None) -> bool:
+    """Whether devices, collectives or the coordinator failed, and not this program by itself."""
+    while error is not None:
+        kind = isinstance(error, jax.errors.JaxRuntimeError)
+        if kind or _STATUS.match(str(error)):  # gloo's errors come as ValueError
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _wait_for(address: str, seconds: int, who: str) -> None:

@@ -65,8 +65,9 @@ class Meter:
             self._report(len(self._pending) - 1)
 
     def flush(self) -> None:
-        """Reads and reports everything that is pending; waits for the device."""
+        """Reads, reports and writes everything that is pending; waits for the device."""
         self._report(len(self._pending))
+        self._workdir.flush()
 
     def close(self) -> None:
         """Ends the progress bar and flushes the event files."""

@@ -81,8 +81,8 @@ def rank(
     Args:
         alphas: weights of the global cosine in the fused rows, each in [0, 1]. Adding a weight
             adds a row; 0, 1 and repeated weights add none.
-        chunk_bytes: working memory of one block of queries against the whole gallery, on top of
-            the embeddings. It sets the number of queries of a block, at least one.
+        chunk_bytes: a device's working memory of one block of queries against the whole gallery,
+            on top of the embeddings. It sets the number of queries of a block, at least one.
         mesh: devices that share the queries of a block; each has the whole gallery, and ranks are
             the same whatever their number. None: one device.
 
@@ -292,7 +292,7 @@ def _metrics(
         most,
         weights=weights,
         width=width,
-        chunk_bytes=chunk_bytes,
+        chunk_bytes=chunk_bytes * shares,
     )
     rows = -(-rows // shares) * shares
 

@@ -60,7 +60,7 @@ AXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r".*_heads/\w+_classifier/kernel", ("embedding", "classes")),
     (r".*_heads/\w+_classifier/bias", ("classes",)),
 )
-_SMALL = 64 << 10  # bytes: arrays below are not worth a message
+_SMALL = 64 << 10  # bytes: arrays below are not worth gathering
 
 
 class ShardingError(ValueError):
@@ -222,6 +222,8 @@ def place(mesh: Mesh, tree: Any, how: str) -> Placement:
 
     def stored(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         base = used(path, leaf)
+        if leaf.shape and how != "fsdp" and mesh.shape["model"] > 1 and not any(base.spec):
+            whole["because no rule spreads their axes over `model`"].append(_name(path))
         if how != "fsdp" or not leaf.shape:
             return base
         spec, reason = _spread(mesh, base.spec, leaf)

@@ -388,7 +388,7 @@ def state_template(training: Training, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def init_state(training: Training, template: TrainState, seed: int) -> TrainState:
-    """A fresh state where `template` wants it; no device ever holds what it does not keep."""
+    """A fresh state where `template` wants it."""
     places = jax.tree.map(lambda x: x.sharding, template)
     return jax.jit(training.init, static_argnums=0, out_shardings=places)(seed)
 

@@ -92,6 +92,7 @@ def run(
     """
     log = meter_lib.print_line if ours.leads else lambda line: None
     directory = workdir.Workdir(path, writes=ours.leads)
+    ours.agree({"--mode": "train", "--workdir": str(path), **facts(config)})
     try:
         _run(config, directory, interrupts, ours, log)
     finally:
@@ -110,6 +111,7 @@ def _run(
     mesh = sharding.make_mesh(config)
     compute_dtype = step.compute_dtype(config.precision).name
     directory.claim(config, compute_dtype, log)
+    check_shared(directory, ours)
     if finished := directory.finished():
         log(f"{directory.path} is finished (best epoch {finished['best_epoch']}): see results/.")
         return
@@ -118,7 +120,7 @@ def _run(
     validation_split = read_split(config, config.dataset, validation_name(config), log)
     # Read now, used at the end: hours of training must not end at a misspelt folder.
     test_splits = read_test_splits(config, log)
-    ours.agree(facts(config, [train_split, validation_split, *test_splits]))
+    ours.agree(data_facts([train_split, validation_split, *test_splits], pretrained))
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     stream = pipeline.TrainStream(
         train_split,
@@ -157,6 +159,7 @@ def _run(
     this = Run(config, directory, mesh, training, words, encoders, interrupts, ours, log)
 
     with checkpoint.Checkpoints(directory.checkpoints, log=log, ours=ours) as checkpoints:
+        directory.hold(config, compute_dtype, log)
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template, pretrained)
         # Last of all that may fail at the start: until then another configuration may try again.
@@ -221,7 +224,7 @@ def _run(
             checkpoints.wait()
 
     ours.barrier("saved")  # the best checkpoint may be the last one, which process 0 completes
-    best = weights.of_run(directory.path, log)
+    best = weights.of_run(directory.path, log, ours)
     alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
@@ -250,10 +253,11 @@ def evaluate_only(
     """
     log = meter_lib.print_line if ours.leads else lambda line: None
     directory = workdir.Workdir(path, writes=ours.leads)
+    ours.agree({"--mode": "eval", "--workdir": str(path), **facts(config)})
     if config.init_from is None or started_from(directory, config.init_from):
-        best = weights.of_run(directory.path, log)
+        best = weights.of_run(directory.path, log, ours)
     else:
-        best = weights.open_(config.init_from, log)
+        best = weights.open_(config.init_from, log, ours)
     fitting.say_replaced(config, best.sizes, best.source, log)
     config = fitting.resolve(config, best, log, training=False)
     mesh = sharding.make_mesh(config)
@@ -264,7 +268,7 @@ def evaluate_only(
     chooses = alpha is None
     if chooses:
         validation_split = read_split(config, config.dataset, validation_name(config), log)
-    ours.agree(facts(config, [*test_splits, *([validation_split] if chooses else [])]))
+    ours.agree(data_facts([*test_splits, *([validation_split] if chooses else [])], best))
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     with interrupts.compilation():
         # Classifiers are not needed, so no data set's identities are.
@@ -434,11 +438,19 @@ def restore_or_init(
     return restored.state, progress
 
 
-def facts(config: config_lib.Config, splits: Sequence[records.Split]) -> dict[str, Any]:
-    """What must be the same in every process of a run, by name."""
-    own = ("data_root", "num_workers", "distributed.process_id")
+def facts(config: config_lib.Config) -> dict[str, Any]:
+    """Settings and code, which must be the same in every process of a run, by name."""
+    own = ("data_root", "num_workers", "distributed.")  # of a machine
     settings = config_lib.flatten(config_lib.to_dict(config))
-    found = {f"config.{key}": value for key, value in settings.items() if key not in own}
+    found = {f"config.{key}": x for key, x in settings.items() if not key.startswith(own)}
+    return found | hosts.code_facts()
+
+
+def data_facts(
+    splits: Sequence[records.Split], pretrained: weights.Weights | None
+) -> dict[str, Any]:
+    """What every process must have read alike, by name."""
+    found = {}
     for split in splits:
         people = zlib.crc32(np.ascontiguousarray(split.caption_ids, np.int64).tobytes())
         words = zlib.crc32("\n".join(split.captions).encode())
@@ -446,7 +458,35 @@ def facts(config: config_lib.Config, splits: Sequence[records.Split]) -> dict[st
             f"{len(split.captions)} captions, {len(split.images)} pictures, checksum "
             f"{words ^ people:08x}"
         )
-    return found | hosts.code_facts()
+    if pretrained is not None:
+        checksum = 0
+        for name, array in sorted(pretrained.arrays.items()):
+            checksum = zlib.crc32(f"{name} {array.shape}".encode(), checksum)
+            if name.endswith(("projection", "skip/kernel")):  # of megabytes, and trained
+                checksum = zlib.crc32(np.ascontiguousarray(array.read()).tobytes(), checksum)
+        found["checksum of the weights"] = f"{checksum:08x}"
+    return found
+
+
+def check_shared(directory: workdir.Workdir, ours: hosts.Hosts) -> None:
+    """Every process must see one and the same directory: checkpoints are written by all of them.
+
+    Raises:
+      HostsError: some do not see what process 0 writes there.
+    """
+    if ours.count == 1:
+        return
+    token = ours.from_first(directory.token() if ours.leads else None)
+    seen = directory.sees(token)
+    everyone = ours.all_true(seen)
+    if ours.leads:
+        (directory.path / token).unlink()
+    if not everyone:
+        raise hosts.HostsError(
+            f"--workdir={directory.path} is not the same directory for all processes"
+            + ("" if seen else " (this one does not see what process 0 wrote there)")
+            + ": use a disk that every machine mounts, or a bucket."
+        )
 
 
 def next_batch(batches: Any, interrupts: interrupt.Interrupts) -> batch_lib.Batch:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itself_jax import checkpoint, dialects, files, weight_files
+from itself_jax import checkpoint, dialects, files, hosts, weight_files
 from itself_jax import config as config_lib
 from itself_jax.data import remote
 
@@ -91,7 +91,7 @@ class Weights(NamedTuple):
         return any(name.startswith(LOCAL) for name in self.arrays)
 
 
-def open_(source: str | os.PathLike, log: Log) -> Weights:
+def open_(source: str | os.PathLike, log: Log, ours: hosts.Hosts | None = None) -> Weights:
     """Whatever `config.init_from` names. Arrays of foreign files are read when they are needed.
 
     Raises:
@@ -101,7 +101,7 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     in_bucket = not remote.is_local(source)
     source = files.place(source) if in_bucket else pathlib.Path(source).expanduser()
     if _is_checkpoint_folder(source) or _is_checkpoint_folder(source / "checkpoints"):
-        return of_run(source, log)
+        return of_run(source, log, ours)
     if in_bucket:
         raise WeightsError(
             f"{source} is no work directory with checkpoints; copy a file of other weights here, "
@@ -152,14 +152,16 @@ def open_(source: str | os.PathLike, log: Log) -> Weights:
     )
 
 
-def of_run(source: files.Path, log: Log) -> Weights:
+def of_run(source: files.Path, log: Log, ours: hosts.Hosts | None = None) -> Weights:
     """The best checkpoint of a work directory, of its `checkpoints` folder, or of a conversion.
+
+    ours: the processes that read it together and must take the same one; None: this one alone.
 
     Raises:
       CheckpointError: there is none, or all are damaged.
     """
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    checkpoints = checkpoint.Checkpoints(folder, log=log)
+    checkpoints = checkpoint.Checkpoints(folder, log=log, ours=ours)
     parts = ("params", "batch_stats")
     found = checkpoints.restore_best(parts) if folder.is_dir() else None
     if found is None and folder.is_dir():

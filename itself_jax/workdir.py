@@ -56,7 +56,7 @@ class Workdir:
         self._writes = writes
         self._lock: int | None = None
         self._unwritten: list[str] | None = None  # of metrics in a bucket: all of its lines
-        self._uploaded = 0.0
+        self._uploaded, self._is_changed = 0.0, False
         self._tensorboard: tensorboardX.SummaryWriter | None = None
 
     def claim(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
@@ -119,7 +119,9 @@ class Workdir:
                 raise TypeError("'config' is not an object")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise self._unusable(error, "read") from error
+        except (ValueError, KeyError, TypeError) as error:
             raise WorkdirError(
                 f"{path} is not a configuration of itself_jax ({error!r}): "
                 "give another --workdir, or remove the file to start anew."
@@ -186,6 +188,7 @@ class Workdir:
             return
         if not self._is_local:
             self._unwritten = (self._unwritten or []) + [json.dumps(record) + "\n"]
+            self._is_changed = True
             if "split" in record or time.monotonic() - self._uploaded > _UPLOAD_EVERY:
                 self._upload()
             return
@@ -202,10 +205,40 @@ class Workdir:
                 if key not in ("step", "epoch", "split"):
                     self._tensorboard.add_scalar(f"{prefix}/{key}", value, record["step"])
 
+    def flush(self) -> None:
+        """Writes every metric line that is kept back for a bucket."""
+        if self._is_changed:
+            self._upload()
+
+    def hold(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
+        """Locks the directory against other runs, before anything in it is changed.
+
+        Raises:
+          WorkdirError: another run has it, or has made it its own since `claim`.
+        """
+        self._take_lock()
+        if self.saved_config() is not None:
+            self._check_same(config, compute_dtype, log)
+
+    def token(self) -> str:
+        """The name of a new file that whoever sees this directory can see, for `sees`."""
+        name = f".tmp-{os.getpid()}-{time.time_ns()}"
+        with self._writing():
+            files.write(self.path / name, lambda file: file.write(b"seen"))
+        return name
+
+    def sees(self, name: str, patience: float = 20.0) -> bool:
+        """Whether another process's token is here; network disks may show it a little later."""
+        deadline = time.monotonic() + patience
+        while not (self.path / name).exists():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+        return True
+
     def close(self) -> None:
         """Flushes metrics and TensorBoard events."""
-        if not self._is_local and self._unwritten is not None and self._writes:
-            self._upload()
+        self.flush()
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
@@ -275,7 +308,7 @@ class Workdir:
         text = "".join(self._unwritten)
         with self._writing():
             files.write(self.path / _METRICS, lambda file: file.write(text.encode()))
-        self._uploaded = time.monotonic()
+        self._uploaded, self._is_changed = time.monotonic(), False
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -284,15 +317,20 @@ class Workdir:
             with files.reaching(self.path):
                 yield
         except OSError as error:
-            what = "free some space or give another --workdir."
-            if not self._is_local:
-                what = (
-                    "check the bucket's name, and that this machine's account may read and write "
-                    "objects there (role Storage Object User), or give another --workdir."
-                )
-            raise WorkdirError(
-                f"Work directory {self.path} cannot be written ({error.strerror or error}): {what}"
-            ) from error
+            raise self._unusable(error, "written") from error
+
+    def _unusable(self, error: OSError, what: str) -> WorkdirError:
+        advice = "free some space or give another --workdir."
+        if not self._is_local:
+            advice = (
+                "check the bucket's name, and that this machine's account may read and write "
+                "objects there (role Storage Object User), or give another --workdir."
+            )
+        elif what == "read":
+            advice = "give yourself the right to read it, or give another --workdir."
+        return WorkdirError(
+            f"Work directory {self.path} cannot be {what} ({error.strerror or error}): {advice}"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -129,7 +129,6 @@ except Exception as error:
         for line in running[killed].stdout:
             if line == "ready\n":
                 break
-        time.sleep(2)  # a sign of life or two
         victim = running[killed].pid
         running[killed].send_signal(signal.SIGKILL)
         before = time.monotonic()
@@ -138,6 +137,58 @@ except Exception as error:
     assert code == 75
     assert f"process {killed} of 2 (" in sentence and f"process {victim}) is lost" in sentence
     assert "the same command" in sentence
+
+
+@pytest.mark.parametrize("same_folder", (True, False))
+def test_a_work_directory_must_be_shared(tmp_path, same_folder):
+    body = """
+from itself_jax import train, workdir
+folder = {folder!r} + ("" if {same} else str(ours.index))
+directory = workdir.Workdir(folder, writes=ours.leads)
+directory.claim(config.Config(), "float32", print)
+directory.sees.__func__.__defaults__ = (1.0,)  # seconds of patience
+train.check_shared(directory, ours)
+""".format(folder=str(tmp_path / "run"), same=same_folder)
+    with started([script(body)] * 2) as running:
+        results = ends(running)
+    if same_folder:
+        assert [code for code, _ in results] == [0, 0]
+    else:
+        assert [code for code, _ in results] == [1, 1]
+        assert "is not the same directory for all processes" in results[0][1]
+    assert not list(tmp_path.glob("run*/.tmp-*"))
+
+
+def test_a_checkpoint_that_one_process_finds_damaged_is_left_by_all(tmp_path):
+    """An array in pieces has no checksum: only the process that needs the damaged piece notices."""
+    body = """
+import pathlib, sys, numpy as np, jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from itself_jax import checkpoint, sharding
+mesh = Mesh(np.array(jax.devices()), ("data",))
+place = NamedSharding(mesh, PartitionSpec("data"))
+state = {"a": sharding.put(np.arange(4096, dtype=np.float32), place)}
+folder = pathlib.Path(FOLDER)
+with checkpoint.Checkpoints(folder, log=lambda line: None, ours=ours) as checkpoints:
+    checkpoints.save(1, state, {"score": None})
+    checkpoints.save(2, state, {"score": None})
+ours.barrier("saved")
+if ours.leads:
+    pieces = list((folder / "2" / "state" / "ocdbt.process_1" / "d").iterdir())
+    assert pieces
+    for piece in pieces:
+        piece.unlink()
+ours.barrier("damaged")
+template = {"a": jax.ShapeDtypeStruct((4096,), np.float32, sharding=place)}
+with checkpoint.Checkpoints(folder, log=print, ours=ours) as checkpoints:
+    print("restored", checkpoints.restore_latest(template).step, flush=True)
+""".replace("FOLDER", repr(str(tmp_path / "checkpoints")))
+    with started([script(body)] * 2) as running:
+        outputs = [process.communicate(timeout=100) for process in running]
+    for process, (output, errors) in zip(running, outputs, strict=True):
+        assert process.returncode == 0, errors
+        assert "restored 1" in output
+    assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
 
 
 def test_sigterm_to_one_stops_all_at_the_same_call():

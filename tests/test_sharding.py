@@ -124,6 +124,14 @@ def assert_same(result: Result, one: Result) -> None:
         pytest.param({"mesh__data": 8, "sharding": "fsdp"}, marks=pytest.mark.slow),
         pytest.param({"mesh__data": 2, "micro_batches": 8}, marks=pytest.mark.slow),
         pytest.param({"micro_batches": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            {"mesh__data": 8, "sharding": "fsdp", "micro_batches": 2}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"mesh__data": 4, "mesh__model": 2, "sharding": "fsdp", "micro_batches": 2}
+            | {"remat": "dots"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"remat": "block"}, marks=pytest.mark.slow),
         pytest.param({"remat": "dots"}, marks=pytest.mark.slow),
     ],

@@ -92,6 +92,18 @@ def test_two_runs_on_one_directory_are_refused_and_the_holder_is_named(directory
     assert not (directory.path / ".lock").exists()
 
 
+def test_a_directory_that_became_anothers_meanwhile_is_refused_before_it_is_touched(directory):
+    """Two starts on one fresh directory: the slower one comes when the other has stopped again."""
+    late = workdir.Workdir(directory.path)
+    with pytest.raises(workdir.WorkdirError, match="batch_size was 256, now 64"):
+        late.hold(config_lib.Config(batch_size=64), "float32", print)
+    late.release()
+    directory.claim(CONFIG, "float32", print)
+    with pytest.raises(workdir.WorkdirError, match="is in use by"):
+        late.hold(CONFIG, "float32", print)
+    assert len(lines(directory.path)) == 8
+
+
 def test_a_process_that_does_not_write_leaves_no_file(tmp_path):
     silent = workdir.Workdir(tmp_path, writes=False)
     silent.claim(CONFIG, "float32", print)
