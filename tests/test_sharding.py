@@ -117,8 +117,8 @@ def assert_same(result: Result, one: Result) -> None:
     [
         {"mesh__data": 8},
         {"mesh__data": 4, "mesh__model": 2, "sharding": "fsdp"},
-        {"mesh__data": 2, "mesh__model": 4},
-        {"micro_batches": 4},
+        pytest.param({"mesh__data": 2, "mesh__model": 4}, marks=pytest.mark.slow),
+        pytest.param({"micro_batches": 4}, marks=pytest.mark.slow),
         {"micro_batches": 2, "mesh__data": 2, "mesh__model": 2, "remat": "block"},
         pytest.param({"mesh__data": 4, "mesh__model": 2}, marks=pytest.mark.slow),
         pytest.param({"mesh__data": 8, "sharding": "fsdp"}, marks=pytest.mark.slow),
@@ -301,7 +301,7 @@ def test_the_references_numbers_hold_on_every_mesh(monkeypatch, changes):
 # --- frozen layers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("freeze", (1, -1))
+@pytest.mark.parametrize("freeze", (1, pytest.param(-1, marks=pytest.mark.slow)))
 def test_frozen_parts_have_no_gradient_and_the_others_the_same(one, freeze):
     result = gradients_of(changed(freeze_layers=freeze))
     golden_model.assert_close(result.loss.total, one.loss.total, 2e-6)
