@@ -150,6 +150,7 @@ def ranked_and_written(
         tokenizer=tokenizer.Tokenizer(config.model.text_length),
         encoders=(jax.jit(untrained), jax.jit(untrained)),
         interrupts=interrupt.Interrupts(),
+        ours=train.ALONE,
         log=log.append,
     )
     train.test(this, {}, 0.5, [split], "val")

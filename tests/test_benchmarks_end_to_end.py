@@ -65,7 +65,14 @@ def test_the_command_of_each_config_trains_two_epochs_and_writes_results(
     assert ("chosen on the test split itself" in done.stdout) == (protocol == "paper")
 
 
-@pytest.mark.parametrize("dataset", [*CONFIGS, "jsonl"])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        "cuhk_pedes",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "cuhk_pedes"),
+        "jsonl",
+    ],
+)
 def test_each_data_set_runs_and_tests_on_the_others(root, tmp_path, dataset):
     others = tuple(name for name in CONFIGS if name != dataset)
     place = root / "own" if dataset == "jsonl" else root
@@ -77,6 +84,7 @@ def test_each_data_set_runs_and_tests_on_the_others(root, tmp_path, dataset):
     assert len(chosen) == 1  # the weight of the run's own validation, everywhere
 
 
+@pytest.mark.slow
 def test_another_data_set_is_tested_without_the_identities_of_training(root, tmp_path):
     path = tiny.run(settings(root, "rstp_reid", num_epochs=2), tmp_path / "run")
     config = settings(root, "cuhk_pedes", init_from=str(path))
@@ -84,6 +92,7 @@ def test_another_data_set_is_tested_without_the_identities_of_training(root, tmp
     assert tiny.results(tmp_path / "other", "cuhk_pedes-test")["gallery"] == 12
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_run_on_other_people(root, tmp_path, capsys):
     miniature.write(tmp_path, "rstp_reid", identities=(20, 4, 6))
     first = tiny.run(settings(root, "cuhk_pedes"), tmp_path / "first")
@@ -96,6 +105,7 @@ def test_training_goes_on_from_a_run_on_other_people(root, tmp_path, capsys):
     assert "WARNING: config.init_from is not set" not in out
 
 
+@pytest.mark.slow
 def test_single_captions_are_the_first_of_each_test_picture_and_training_uses_all(root, tmp_path):
     config = settings(root, "rstp_reid", eval__captions="single", eval__dump_embeddings=True)
     path = tiny.run(config, tmp_path / "run")
@@ -107,6 +117,7 @@ def test_single_captions_are_the_first_of_each_test_picture_and_training_uses_al
     assert len(train.read_split(config, "rstp_reid", "train", print).captions) == 96
 
 
+@pytest.mark.slow
 def test_a_schedule_may_end_early_and_is_the_longer_one_up_to_there(root, tmp_path):
     full = tiny.run(settings(root, "rstp_reid"), tmp_path / "full")
     short = tiny.run(settings(root, "rstp_reid", last_epoch=1), tmp_path / "short")
@@ -145,6 +156,7 @@ def test_training_on_all_identities_includes_the_held_out_and_tests_the_last_epo
     assert "Testing epoch 2, the last one: nothing was left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_paper_protocol_trains_on_everybody_and_its_label_stays(root, tmp_path):
     paper = settings(root, "icfg_pedes", eval__protocol="paper")
     assert train.read_split(paper, "icfg_pedes", "train", print).num_identities == 24
@@ -165,6 +177,7 @@ def test_a_misspelt_source_of_weights_leaves_the_directory_free(root, tmp_path):
     tiny.run(settings(root, "rstp_reid"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_weight_given_in_training_has_its_row_whenever_it_is_evaluated(root, tmp_path):
     path = tiny.run(settings(root, "rstp_reid", eval__alpha=0.35), tmp_path / "run")
     train.evaluate_only(settings(root, "rstp_reid"), path, interrupt.Interrupts())
@@ -180,6 +193,7 @@ def test_a_missing_data_root_says_which_folder_is_wanted(tmp_path):
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.slow
 def test_dumped_ids_are_those_of_the_annotation_file(root, tmp_path):
     config = settings(root, "cuhk_pedes", eval__dump_embeddings=True)
     path = tiny.run(config, tmp_path / "run")

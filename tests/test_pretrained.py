@@ -97,6 +97,7 @@ def test_a_run_goes_on_without_the_file_it_started_from(data, best, tmp_path):
     tiny.assert_same_run(tmp_path / "run", reference)
 
 
+@pytest.mark.slow
 def test_a_changed_source_is_another_run(data, best, tmp_path):
     path = tmp_path / "run"
     with pytest.raises(interrupt.Interrupted):
@@ -176,6 +177,7 @@ def test_the_baseline_starts_from_a_whole_model(data, best, tmp_path, capsys):
     assert not any("grab" in name for name in state(path, tiny.EPOCH_ENDS[0]))
 
 
+@pytest.mark.slow
 def test_training_adds_a_local_branch_to_a_clip(data, tmp_path, capsys):
     source = published.write(tmp_path / "global.pth", SIZES, local=False)
     config = settings(data, source, local__dim=SIZES.local, last_epoch=1)

@@ -23,7 +23,8 @@ _STUB = r"""#!/usr/bin/env bash
 call=1
 until mkdir "{calls}/$call" 2>/dev/null; do call=$((call + 1)); done
 tool=${{0##*/}}
-printf '%s\0' "$tool" "$@" > "{calls}/$call/arguments"
+printf '%s\0' "$tool" "$@" > "{calls}/$call/new"
+mv "{calls}/$call/new" "{calls}/$call/arguments" # a test may look at any time
 {behaviour}
 """
 
@@ -83,7 +84,8 @@ class Machine:
     def calls(self) -> list[list[str]]:
         """The arguments of every call, the program's name first, in the order of their coming."""
         folders = sorted(self.calls_folder.iterdir(), key=lambda path: int(path.name))
-        return [(f / "arguments").read_text().removesuffix("\0").split("\0") for f in folders]
+        files = [folder / "arguments" for folder in folders]
+        return [f.read_text().removesuffix("\0").split("\0") for f in files if f.exists()]
 
     def calls_of(self, *words: str) -> list[list[str]]:
         """The calls that begin with `words`, without them."""
