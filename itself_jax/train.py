@@ -159,7 +159,7 @@ def _run(
     this = Run(config, directory, mesh, training, words, encoders, interrupts, ours, log)
 
     with checkpoint.Checkpoints(directory.checkpoints, log=log, ours=ours) as checkpoints:
-        directory.hold(config, compute_dtype, log)
+        directory.hold(config, compute_dtype)
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template, pretrained)
         # Last of all that may fail at the start: until then another configuration may try again.

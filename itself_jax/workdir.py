@@ -75,10 +75,12 @@ class Workdir:
         if _CONFIG in entries:
             self._take_lock()
             try:
-                self._check_same(config, compute_dtype, log)
+                changed = self._check_same(config, compute_dtype)
             except WorkdirError:
                 self.release()
                 raise
+            for line in changed:
+                log(line)
         elif entries:
             raise WorkdirError(
                 f"{self.path} is not empty and holds no {_CONFIG} (found {sorted(entries)[0]!r}): "
@@ -210,7 +212,7 @@ class Workdir:
         if self._is_changed:
             self._upload()
 
-    def hold(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
+    def hold(self, config: config_lib.Config, compute_dtype: str) -> None:
         """Locks the directory against other runs, before anything in it is changed.
 
         Raises:
@@ -218,7 +220,7 @@ class Workdir:
         """
         self._take_lock()
         if self.saved_config() is not None:
-            self._check_same(config, compute_dtype, log)
+            self._check_same(config, compute_dtype)
 
     def token(self) -> str:
         """The name of a new file that whoever sees this directory can see, for `sees`."""
@@ -279,7 +281,8 @@ class Workdir:
         os.write(descriptor, holder.encode())
         self._lock = descriptor
 
-    def _check_same(self, config: config_lib.Config, compute_dtype: str, log: Any) -> None:
+    def _check_same(self, config: config_lib.Config, compute_dtype: str) -> list[str]:
+        """A line for each setting that may differ from the saved one, and does."""
         saved = self.saved_config()
         changed = config_lib.differences(saved["config"], config)
         refused = {
@@ -299,10 +302,15 @@ class Workdir:
                 f"{self.path} holds a run with another configuration: {listed}. "
                 "Give another --workdir, or the configuration that it was started with."
             )
-        for key, (old, new) in changed.items():
-            log(f"Going on with config.{key} = {new!r} (was {old!r}).")
+        lines = [
+            f"Going on with config.{key} = {new!r} (was {old!r})."
+            for key, (old, new) in changed.items()
+        ]
         if saved.get("compute_dtype", compute_dtype) != compute_dtype:
-            log(f"Going on in {compute_dtype} (was {saved['compute_dtype']}), as the device says.")
+            lines.append(
+                f"Going on in {compute_dtype} (was {saved['compute_dtype']}), as the device says."
+            )
+        return lines
 
     def _upload(self) -> None:
         text = "".join(self._unwritten)

@@ -96,11 +96,11 @@ def test_a_directory_that_became_anothers_meanwhile_is_refused_before_it_is_touc
     """Two starts on one fresh directory: the slower one comes when the other has stopped again."""
     late = workdir.Workdir(directory.path)
     with pytest.raises(workdir.WorkdirError, match="batch_size was 256, now 64"):
-        late.hold(config_lib.Config(batch_size=64), "float32", print)
+        late.hold(config_lib.Config(batch_size=64), "float32")
     late.release()
     directory.claim(CONFIG, "float32", print)
     with pytest.raises(workdir.WorkdirError, match="is in use by"):
-        late.hold(CONFIG, "float32", print)
+        late.hold(CONFIG, "float32")
     assert len(lines(directory.path)) == 8
 
 
