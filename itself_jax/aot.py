@@ -387,6 +387,9 @@ def plan(
     if config.precision is None:  # what this program would choose there
         there = "float32" if topology.name.startswith("cpu") else "bfloat16"
         config = dataclasses.replace(config, precision=there)
+    if config.attention is None:
+        fused = topology.name.startswith(tuple(_GPU_TARGET)) and config.precision == "bfloat16"
+        config = dataclasses.replace(config, attention="cudnn" if fused else "plain")
     mesh = sharding.make_mesh(config, list(topology.devices))
     training = step.make(
         config, num_identities=identities, steps_per_epoch=(1000,) * config.num_epochs

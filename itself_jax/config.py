@@ -161,6 +161,7 @@ class Config:
     warmup_epochs: int = 5
     seed: int = 0
     precision: str | None = None  # None: bfloat16 on TPU/GPU, float32 on CPU
+    attention: str | None = None  # of layers without a map: "plain", "cudnn"; None: as devices do
     micro_batches: int = 1  # a batch is encoded in so many parts; losses are of the whole batch
     remat: str = "none"  # kept for the backward pass: all; "dots" linear layers; "block" inputs
     freeze_layers: int = 0  # embeddings and first layers that are not trained; -1: both encoders
@@ -176,6 +177,7 @@ CHANGEABLE = (
     "distributed.",
     "sharding",
     "remat",
+    "attention",
     "log_every",
     "eval.",
     "eval_datasets",
@@ -398,6 +400,10 @@ def _validate(config: Config) -> None:
     for name in config.eval_datasets:
         one_of("eval_datasets", name, DATASETS)
     one_of("precision", config.precision, (None, "float32", "bfloat16"))
+    one_of("attention", config.attention, (None, "plain", "cudnn"))
+    if config.attention == "cudnn":
+        fine = config.precision != "float32"
+        check("attention", "cudnn", fine, "needs config.precision=bfloat16: cuDNN has no other")
     one_of("sharding", config.sharding, ("replicated", "fsdp"))
     one_of("remat", config.remat, ("none", "dots", "block"))
     one_of("model.activation", model.activation, (None, *ACTIVATIONS))

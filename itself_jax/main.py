@@ -20,6 +20,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; an existing one goes on.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train and test, or evaluate only.")
+_CACHE = flags.DEFINE_string(
+    "compile_cache",
+    None,
+    "Folder for compiled programs [~/.cache/itself_jax/compiled, or JAX_COMPILATION_CACHE_DIR]; "
+    "empty: keep none.",
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
 _INTERRUPTS = interrupt.Interrupts()
@@ -62,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         except OSError as error:  # the file could not be read
             raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
         # Imported late: a signal or a bad flag must not wait for jax.
-        from itself_jax import hosts, train
+        from itself_jax import compile_cache, hosts, train
 
         _INTERRUPTS.imported()
     except config_lib.ConfigError as error:
@@ -73,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
         command.stop(command.FAILED, error)
     ours = hosts.Hosts()
     try:
+        compile_cache.keep(_CACHE.value)
         ours.start(config.distributed)
         if ours.count > 1:
             _INTERRUPTS.follow(ours.stop_asked)

@@ -7,6 +7,7 @@ benchmarks run the very same step.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,18 @@ def compute_dtype(precision: str | None) -> jnp.dtype:
     if precision is None:
         precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(precision)
+
+
+def attention_kernel(attention: str | None, dtype: jnp.dtype) -> str:
+    """cuDNN's on NVIDIA's cards from Ampere on, in 16-bit compute, unless `attention` says which.
+
+    Everywhere else XLA's: the CPU's is as fast, and a TPU's compiler fuses what it needs to.
+    """
+    if attention is None:
+        capability = getattr(jax.local_devices()[0], "compute_capability", None)
+        is_new = re.fullmatch(r"\d+\.\d+", str(capability)) and float(capability) >= 8.0
+        attention = "cudnn" if is_new and dtype == jnp.bfloat16 else "plain"
+    return attention
 
 
 def prepare_images(
@@ -323,8 +336,14 @@ def make(
 
     steps_per_epoch: exact optimiser steps of each epoch, for a horizon that counts epochs.
     """
+    dtype = compute_dtype(config.precision)
     model = itself.ITSELF(
-        config.model, config.local, num_identities, compute_dtype(config.precision), config.remat
+        config.model,
+        config.local,
+        num_identities,
+        dtype,
+        config.remat,
+        attention_kernel(config.attention, dtype),
     )
     shapes = jax.eval_shape(
         lambda: model.init(

@@ -26,7 +26,7 @@ from itself_jax import (
 from itself_jax import config as config_lib
 from itself_jax import meter as meter_lib
 from itself_jax.data import batch as batch_lib
-from itself_jax.data import datasets, pipeline, records, synthetic, tokenizer
+from itself_jax.data import datasets, pipeline, records, remote, synthetic, tokenizer
 
 Log = Callable[[str], None]
 ALONE = hosts.Hosts()
@@ -372,10 +372,9 @@ def read_test_splits(config: config_lib.Config, log: Log) -> list[records.Split]
 
 def synthetic_folder(config: config_lib.Config, log: Log) -> pathlib.Path:
     """The embedded data set's cache folder, under `data_root` or the user's cache folder."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    root = config.data_root or os.path.join(cache, "itself_jax")
+    root = pathlib.Path(config.data_root) if config.data_root else remote.user_cache()
     return synthetic.ensure(
-        pathlib.Path(root).expanduser(),
+        root.expanduser(),
         seed=config.synthetic.seed,
         identities=config.synthetic.identities,
         images_per_identity=config.synthetic.images_per_identity,

@@ -56,14 +56,19 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def user_cache() -> pathlib.Path:
+    """This user's folder for what can be made again; XDG_CACHE_HOME moves it."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(cache).expanduser() / "itself_jax"
+
+
 def place(sha256: str) -> pathlib.Path:
     """Returns where the copy of the file with this checksum lies, or will lie.
 
     Copies are called by their content, so what is packed anew can never be taken for what was
     there before.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(cache).expanduser() / "itself_jax" / "packed" / sha256
+    return user_cache() / "packed" / sha256
 
 
 def copy(path: epath.Path, *, size: int, sha256: str) -> pathlib.Path:

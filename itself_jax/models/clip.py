@@ -106,6 +106,7 @@ class ImageEncoder(nn.Module):
     activation: str
     dtype: jnp.dtype
     remat: str = "none"
+    attention: str = "plain"
 
     @nn.compact
     def __call__(
@@ -136,7 +137,13 @@ class ImageEncoder(nn.Module):
         x = jnp.concatenate([cls, x.reshape(b, n - 1, d)], axis=1) + positions[None].astype(x.dtype)
         x = transformer.layer_norm("ln_pre")(x).astype(self.dtype)
         out = transformer.Transformer(
-            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
+            self.depth,
+            self.heads,
+            self.activation,
+            self.dtype,
+            remat=self.remat,
+            attention=self.attention,
+            name="transformer",
         )(x, map_layers=map_layers)
         projection = self.param("projection", init, (d, self.embed_dim))
         tokens = _project(transformer.layer_norm("ln_post")(out.tokens), projection, self.dtype)
@@ -155,6 +162,7 @@ class TextEncoder(nn.Module):
     activation: str
     dtype: jnp.dtype
     remat: str = "none"
+    attention: str = "plain"
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b t"], *, map_layers: Collection[int] = ()) -> TowerOutput:
@@ -171,10 +179,16 @@ class TextEncoder(nn.Module):
         init = nn.initializers.normal(0.01)
         positions = self.param("position_embedding", init, (t, self.width))
         x = x + positions[None].astype(x.dtype)
-        causal = jnp.tril(jnp.ones((t, t), bool))
         out = transformer.Transformer(
-            self.depth, self.heads, self.activation, self.dtype, self.remat, name="transformer"
-        )(x, causal, map_layers=map_layers)
+            self.depth,
+            self.heads,
+            self.activation,
+            self.dtype,
+            causal=True,
+            remat=self.remat,
+            attention=self.attention,
+            name="transformer",
+        )(x, map_layers=map_layers)
         init = nn.initializers.normal(self.width**-0.5)
         projection = self.param("projection", init, (self.width, self.embed_dim))
         tokens = _project(transformer.layer_norm("ln_final")(out.tokens), projection, self.dtype)

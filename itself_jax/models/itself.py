@@ -91,6 +91,7 @@ class ITSELF(nn.Module):
     num_identities: int
     dtype: jnp.dtype = jnp.dtype("float32")
     remat: str = "none"
+    attention: str = "plain"
 
     def setup(self) -> None:
         model = self.model
@@ -106,6 +107,7 @@ class ITSELF(nn.Module):
             activation=activation,
             dtype=self.dtype,
             remat=self.remat,
+            attention=self.attention,
         )
         self.text_encoder = clip.TextEncoder(
             vocab_size=model.vocab_size,
@@ -117,6 +119,7 @@ class ITSELF(nn.Module):
             activation=activation,
             dtype=self.dtype,
             remat=self.remat,
+            attention=self.attention,
         )
         classes = self.num_identities + 1
         self.global_heads = IdentityHeads(classes, model.embed_dim)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from itself_jax import sharding
 
@@ -100,32 +100,75 @@ class InProjection(nn.Module):
         return tuple(projected[:, :, i].swapaxes(1, 2) for i in range(3))
 
 
+def fused_attention(
+    q: Float[Array, "b h n e"],
+    k: Float[Array, "b h n e"],
+    v: Float[Array, "b h n e"],
+    *,
+    causal: bool,
+    implementation: str = "cudnn",
+) -> Float[Array, "b n h e"]:
+    """softmax(q·kᵀ/√e)·v by a kernel that never has the probabilities of a layer in memory.
+
+    implementation: of `jax.nn.dot_product_attention`. cuDNN's takes 16-bit numbers.
+    """
+    b, _, n, _ = q.shape
+    # cuDNN refuses odd lengths, and CLIP's are odd (CLS beside a grid; 77 words): one token more,
+    # which nobody looks at. Behind a causal mask it is that by itself.
+    odd = n % 2
+    padding = ((0, 0), (0, odd), (0, 0), (0, 0))
+    q, k, v = (jnp.pad(x.swapaxes(1, 2), padding) for x in (q, k, v))
+    lengths = jnp.full((b,), n, jnp.int32) if odd and not causal else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation=implementation
+    )
+    return out[:, :n]
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention that can also return its head-averaged probabilities."""
+    """Multi-head self-attention that can also return its head-averaged probabilities.
+
+    `fused`: by a kernel where no probabilities are wanted.
+    """
 
     heads: int
     width_std: float
     output_std: float
     keep_map: bool
     dtype: jnp.dtype
+    causal: bool
+    fused: bool
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None
+        self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
         b, n, d = x.shape
-        precision = matmul_precision(self.dtype)
         init = nn.initializers.normal(self.width_std)
         q, k, v = InProjection(self.heads, self.dtype, init, name="in_proj")(x)
-        scale = (d // self.heads) ** -0.5
+        if self.fused and not self.keep_map:
+            out, attention = fused_attention(q, k, v, causal=self.causal), None
+        else:
+            out, attention = self._plain(q, k, v)
+        out = sharding.constrain(out, "batch", None, "heads", None).reshape(b, n, d)
+        init = nn.initializers.normal(self.output_std)
+        out = dense(d, self.dtype, "out_proj", kernel_init=init)(out)
+        return out, attention
+
+    def _plain(
+        self, q: Float[Array, "b h n e"], k: Float[Array, "b h n e"], v: Float[Array, "b h n e"]
+    ) -> tuple[Float[Array, "b n h e"], Float[Array, "b n n"] | None]:
+        precision = matmul_precision(self.dtype)
+        n, e = q.shape[2:]
         logits = jnp.einsum(
             "bhqd,bhkd->bhqk",
-            q * jnp.asarray(scale, self.dtype),
+            q * jnp.asarray(e**-0.5, self.dtype),
             k,
             precision=precision,
             preferred_element_type=jnp.float32,
         )
-        if mask is not None:
+        if self.causal:
+            mask = jnp.tril(jnp.ones((n, n), bool))
             logits = jnp.where(mask[None, None], logits, -jnp.inf)
         probabilities = jax.nn.softmax(logits, axis=-1)  # float32, whatever the compute type
         # No gradient flows through the maps: they only choose tokens (paper, section 3.2).
@@ -133,11 +176,7 @@ class Attention(nn.Module):
         out = jnp.einsum(
             "bhqk,bhkd->bhqd", probabilities.astype(self.dtype), v, precision=precision
         )
-        out = sharding.constrain(out.swapaxes(1, 2), "batch", None, "heads", None)
-        out = out.reshape(b, n, d)
-        init = nn.initializers.normal(self.output_std)
-        out = dense(d, self.dtype, "out_proj", kernel_init=init)(out)
-        return out, attention
+        return out.swapaxes(1, 2), attention
 
 
 class Block(nn.Module):
@@ -148,17 +187,26 @@ class Block(nn.Module):
     activation: str
     keep_map: bool
     dtype: jnp.dtype
+    causal: bool
+    fused: bool
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "n n"] | None
+        self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n d"], Float[Array, "b n n"] | None]:
         d = x.shape[-1]
         width_std = d**-0.5
         output_std = width_std * (2 * self.depth) ** -0.5
         attended, attention = Attention(
-            self.heads, width_std, output_std, self.keep_map, self.dtype, name="attention"
-        )(layer_norm("ln_1")(x).astype(self.dtype), mask)
+            self.heads,
+            width_std,
+            output_std,
+            self.keep_map,
+            self.dtype,
+            self.causal,
+            self.fused,
+            name="attention",
+        )(layer_norm("ln_1")(x).astype(self.dtype))
         x = x + attended
         init = nn.initializers.normal((2 * d) ** -0.5)
         h = layer_norm("ln_2")(x).astype(self.dtype)
@@ -171,23 +219,24 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of blocks. `mask` says which keys (columns) each query (row) may attend to.
+    """A stack of blocks; in a `causal` one no token attends to those behind it.
 
     A plain Python loop rather than `nn.scan`: only the maps in `map_layers` are ever kept.
-    `remat` is a key of `REMAT`.
+    `remat` is a key of `REMAT`; `attention` is "plain" or, in the layers without a map, "cudnn".
     """
 
     depth: int
     heads: int
     activation: str
     dtype: jnp.dtype
+    causal: bool = False
     remat: str = "none"
+    attention: str = "plain"
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Bool[Array, "n n"] | None = None,
         *,
         map_layers: Collection[int] = (),
     ) -> TransformerOutput:
@@ -202,9 +251,11 @@ class Transformer(nn.Module):
                 self.activation,
                 layer in map_layers,
                 self.dtype,
+                self.causal,
+                self.attention == "cudnn",
                 name=f"layer_{layer}",
             )
-            x, attention = block(x, mask)
+            x, attention = block(x)
             if attention is not None:
                 maps[layer] = attention
         return TransformerOutput(x, maps)

@@ -1,5 +1,7 @@
 """The block of both towers: maps kept, masks, number types."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ from itself_jax.models import transformer
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 
-def stack(dtype=FLOAT32, depth=3, activation="quick_gelu"):
-    return transformer.Transformer(depth, 2, activation, dtype)
+def stack(dtype=FLOAT32, depth=3, activation="quick_gelu", **settings):
+    return transformer.Transformer(depth, 2, activation, dtype, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +50,41 @@ def test_maps_are_means_over_heads_and_rows_sum_to_one(variables):
     np.testing.assert_allclose(out.attention[0], np.mean(maps, axis=0), atol=2e-6)
 
 
-def test_a_masked_key_is_never_attended_to(variables):
-    """Key 3 is hidden from every query: the map's column is 0 and its token moves no other."""
-    mask = jnp.ones((5, 5), bool).at[:, 3].set(False)
+def test_a_later_token_is_never_attended_to_in_a_causal_stack(variables):
+    """The map of token 3 is 0 beyond it, and a change of token 3 moves no earlier one."""
     x = jax.random.normal(jax.random.key(1), (2, 5, 8))
-    run = jax.jit(lambda x: stack().apply(variables, x, mask, map_layers=(0, 1, 2)))
+    run = jax.jit(lambda x: stack(causal=True).apply(variables, x, map_layers=(0, 1, 2)))
     out, other = run(x), run(x.at[:, 3].add(5.0))
     for attention in out.attention.values():
-        assert (np.asarray(attention)[:, :, 3] == 0).all()
-    others = [0, 1, 2, 4]
-    np.testing.assert_array_equal(out.tokens[:, others], other.tokens[:, others])
+        assert (np.triu(np.asarray(attention), 1) == 0).all()
+        assert (np.tril(np.asarray(attention)) > 0).sum() == 2 * 15
+    np.testing.assert_array_equal(out.tokens[:, :3], other.tokens[:, :3])
+    assert (np.asarray(out.tokens[:, 3:]) != np.asarray(other.tokens[:, 3:])).any(axis=-1).all()
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("n", (4, 5))
+def test_the_kernel_computes_what_the_layers_with_a_map_do(variables, causal, n, monkeypatch):
+    """With XLA's implementation in the place of cuDNN's, which needs a card: the odd length's
+    padding and the scale are ours. Tokens, maps and gradients."""
+    of_xla = functools.partial(transformer.fused_attention, implementation="xla")
+    used = []
+    monkeypatch.setattr(
+        transformer, "fused_attention", lambda *a, **k: used.append(1) or of_xla(*a, **k)
+    )
+    x = jax.random.normal(jax.random.key(2), (2, n, 8))
+
+    def total(variables, x, **settings):
+        out = stack(causal=causal, **settings).apply(variables, x, map_layers=(1,))
+        return jnp.sin(out.tokens).sum(), out
+
+    run = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+    plain = jax.jit(run)(variables, x)
+    assert not used
+    fused = jax.jit(functools.partial(run, attention="cudnn"))(variables, x)
+    assert len(used) == 2, "layers 0 and 2, whose maps nobody reads"
+    for got, expected in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-6)
 
 
 def test_no_gradient_flows_through_a_map(variables):
