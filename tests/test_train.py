@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto import event_pb2
 
 from itself_jax import (
@@ -38,19 +37,9 @@ from itself_jax.data import pipeline, records
 CHECKS = 1 + 16 + 3 * 3 + 3
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """Programs compiled by one test serve the next ones."""
-    folder = tiny.shared(tmp_path_factory)
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    compilation_cache.reset_cache()
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
-    compilation_cache.reset_cache()
+    return tiny.shared(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
