@@ -1,4 +1,4 @@
-"""Ranking in PyTorch, beside the twin's encoders: what `itself_jax.retrieval.rank` is timed against.
+"""Ranking in PyTorch, to go with the twin: `itself_jax.retrieval.rank` is timed beside it.
 
 Written from the description of the evaluation, like `twin.py`, in the same two modes:
 

@@ -12,9 +12,9 @@
     aot        --topology=v5e:16x16: compiled for machines that are not here, and not run
 
 Each prints a table; `--json=FILE` keeps every figure, under the keys of docs/performance.md.
-`--sweep=batch_size=4,8,16` repeats a command for each value, `--profile=DIR` leaves traces for XProf
-and Perfetto. Exit codes: 0 done; 1 failed, or a program does not fit its devices, with one sentence;
-2 flag or config rejected.
+`--sweep=batch_size=4,8,16` repeats a command for each value, `--profile=DIR` leaves traces for
+XProf and Perfetto. Exit codes: 0 done; 1 failed, or a program does not fit its devices, with one
+sentence; 2 flag or config rejected.
 """
 
 import ast
@@ -222,7 +222,7 @@ def _compare(config: config_lib.Config) -> None:
                     )
                     rows.append({"changed": value.changed, **row})
                     ratio = row["ratio"]["median"]
-                    command.say(f"{_title(row)}: {ratio:.3f} of the twin's time, mode {mode}")
+                    command.say(f"{_title(rows[-1])}: {ratio:.3f} of the twin's time, mode {mode}")
     _finish("compare", config, rows, comparing.table(rows))
 
 

@@ -361,7 +361,7 @@ class _Array(NamedTuple):
 def write_weights(
     config: config_lib.Config, settings: workloads.Settings, path: pathlib.Path
 ) -> None:
-    """The weights that a run of this seed begins with, under the published names, as an npz file."""
+    """The weights with which a run of this seed begins, under the published names, as npz."""
     made, _, _ = workloads.make_training(config, settings)
 
     def fresh() -> dict[str, Any]:
