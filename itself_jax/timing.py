@@ -77,7 +77,7 @@ def measure(call: Callable[[], Any], *, repeats: int, warmup: int) -> Spread:
     return spread([timed(call).seconds for _ in range(repeats)])
 
 
-def exponent(values: Sequence[float], medians: Sequence[float]) -> float | None:
+def exponent(values: Sequence[float | int], medians: Sequence[float]) -> float | None:
     """Slope of log(median) against log(value), by least squares: 1 is linear growth.
 
     None where it means nothing: fewer than two different values, or one that is not positive.
@@ -116,7 +116,7 @@ def peak_device_bytes() -> int | None:
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def matmul_gflops(dtype: str, *, size: int | None = None, repeats: int = 5) -> float:
+def matmul_gflops(dtype: str, *, size: int | None = None, repeats: int = 3) -> float:
     """What one device reaches in a product of two square matrices, GFLOP/s; median of `repeats`.
 
     All threads of a CPU work on it. A multiplication and an addition count as two operations.
@@ -130,7 +130,7 @@ def matmul_gflops(dtype: str, *, size: int | None = None, repeats: int = 5) -> f
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else jax.lax.Precision.DEFAULT
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-    return 2 * size**3 / measure(lambda: product(a, b), repeats=repeats, warmup=2).median / 1e9
+    return 2 * size**3 / measure(lambda: product(a, b), repeats=repeats, warmup=1).median / 1e9
 
 
 def cpus() -> int:

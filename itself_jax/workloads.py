@@ -51,9 +51,10 @@ class Settings(NamedTuple):
 class Job(NamedTuple):
     """A call to be repeated.
 
-    unit, amount: what one call works through. flops, accessed: operations and bytes of one call on
-    all devices together; None: not known. counted: who says so. temporary: bytes a device needs
-    beside input and output. peak: most memory held by whoever does the work.
+    unit, amount: what one call works through. devices: that share it. flops, accessed: operations
+    and bytes of one call on all of them together; None: not known. counted: who says so.
+    temporary: bytes a device needs beside input and output. peak: most memory held by whoever does
+    the work.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Job(NamedTuple):
     temporary: int | None = None
     compile_seconds: float | None = None
     warmup: int | None = None  # None: as asked for
+    devices: int = 1
     traced: bool = True  # whether a trace of this process shows the work
     peak: Callable[[], int | None] = timing.peak_resident_bytes
 
@@ -109,13 +111,14 @@ def row_of(
     device = jax.devices()[0]
     chip = aot.chip_of(device.device_kind)
     # Virtual devices of a CPU share its cores, on all of which its product was measured.
-    devices = 1 if device.platform == "cpu" else len(jax.devices())
+    devices = 1 if device.platform == "cpu" else job.devices
     gflops = None if job.flops is None else job.flops / seconds.median / 1e9
     peak_flops = None if chip is None else chip.flops * devices
     return {
         "name": job.name,
         "unit": job.unit,
         "amount": job.amount,
+        "devices": job.devices,
         "seconds": {**seconds._asdict(), "samples": list(seconds.samples)},
         "per_second": job.amount / seconds.median,
         "compile_seconds": job.compile_seconds,
@@ -178,10 +181,10 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for key, value in row["changed"].items():
             if isinstance(value, (int, float)):
                 seconds = row.get("ours", row)["seconds"]["median"]
-                series.setdefault((name, key), []).append((value, seconds))
+                series.setdefault((name, key), []).append((float(value), seconds))
     found = []
     for (name, key), points in series.items():
-        slope = timing.exponent(*zip(*points, strict=True))
+        slope = timing.exponent([x for x, _ in points], [y for _, y in points])
         if slope is not None:
             found.append({"name": name, "key": key, "exponent": slope})
     return found
@@ -380,6 +383,7 @@ def ranking(
         settings.queries + settings.gallery,
         call,
         dtype="float32",
+        devices=mesh.size,
         # The compiler counts one block. Only the similarities of both directions multiply.
         flops=2.0 * 2 * settings.queries * settings.gallery * width,
         counted="similarity products",
@@ -422,6 +426,7 @@ def _job(
         accessed=everywhere(program.accessed),
         counted=None if program.flops is None else "compiler",
         temporary=program.temporary,
+        devices=mesh.size,
         compile_seconds=compile_seconds,
     )
 
