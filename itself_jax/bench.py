@@ -155,7 +155,7 @@ class _Value(NamedTuple):
 
     changed: dict[str, Any]
     config: config_lib.Config
-    settings: Any
+    counts: dict[str, int]  # as `workloads.Settings` names them
 
 
 def _measured(*names: str) -> Callable[[config_lib.Config], None]:
@@ -166,6 +166,7 @@ def _measured(*names: str) -> Callable[[config_lib.Config], None]:
             raise flags.Error(
                 f"--profile={_PROFILE.value}: {names[0]} runs no program of ours here"
             )
+        values = _values(config)
         # Imported late: a bad flag must not wait for jax.
         from itself_jax import workloads
 
@@ -173,12 +174,11 @@ def _measured(*names: str) -> Callable[[config_lib.Config], None]:
             workloads.require_data_libraries()
         profile = pathlib.Path(_PROFILE.value) if _PROFILE.value else None
         rows = []
-        for value in _values(config):
+        for value in values:
+            settings = workloads.Settings(**value.counts)
             with tempfile.TemporaryDirectory(prefix="itself_jax-bench-") as scratch:
                 for name in names:
-                    jobs = workloads.makers(
-                        name, value.config, value.settings, pathlib.Path(scratch)
-                    )
+                    jobs = workloads.makers(name, value.config, settings, pathlib.Path(scratch))
                     for make in jobs:
                         row = workloads.measure(
                             make(),
@@ -198,20 +198,21 @@ def _compare(config: config_lib.Config) -> None:
     _check_list("mode")
     if _PROFILE.value:
         raise flags.Error("--profile: compare writes no traces; train, encode and eval do")
-    from itself_jax import comparing, timing
+    values = _values(config)
+    from itself_jax import comparing, timing, workloads
 
     threads = _THREADS.value or timing.cpus()
     if threads > timing.cpus():
         raise flags.Error(f"--threads={threads}: this process may use {timing.cpus()} processors")
     twin = comparing.find_twin(_TWIN_PYTHON.value, _TWIN_COMPILE.value)
     rows = []
-    for value in _values(config):
+    for value in values:
         with tempfile.TemporaryDirectory(prefix="itself_jax-bench-") as scratch:
             for part in _PARTS.value:
                 for mode in _MODE.value:
                     row = comparing.compare(
                         value.config,
-                        value.settings,
+                        workloads.Settings(**value.counts),
                         part,
                         mode,
                         twin,
@@ -232,11 +233,9 @@ def _values(config: config_lib.Config) -> list[_Value]:
     Raises:
       flags.Error, ConfigError: it is misspelt, or a value does not fit.
     """
-    from itself_jax import workloads
-
-    settings = workloads.Settings(_IDENTITIES.value, _QUERIES.value, _GALLERY.value)
+    counts = {flag.name: flag.value for flag in (_IDENTITIES, _QUERIES, _GALLERY)}
     if _SWEEP.value is None:
-        return [_Value({}, config, settings)]
+        return [_Value({}, config, counts)]
     key, equals, text = _SWEEP.value.partition("=")
     words = re.findall(r"[(\[][^)\]]*[)\]]|[^,]+", text)
     if not (key and equals and words):
@@ -246,15 +245,14 @@ def _values(config: config_lib.Config) -> list[_Value]:
     known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
     values = []
     for word in words:
-        if key in ("queries", "gallery"):
+        if key in counts:
             if not re.fullmatch(r"[1-9]\d*", word):
                 raise flags.Error(f"--sweep={_SWEEP.value}: {word} is no positive number")
-            value = int(word)
-            values.append(_Value({key: value}, config, settings._replace(**{key: value})))
+            values.append(_Value({key: int(word)}, config, counts | {key: int(word)}))
         elif key in known:
             changed = config_lib.replace(config, {key: _literal(word)})
             value = config_lib.flatten(config_lib.to_dict(changed))[key]
-            values.append(_Value({key: value}, changed, settings))
+            values.append(_Value({key: value}, changed, counts))
         else:
             raise config_lib.ConfigError(f"--sweep: {config_lib.unknown_key(key)}")
     return values

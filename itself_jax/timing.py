@@ -96,12 +96,17 @@ def reset_peak() -> None:
         pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_resident_bytes() -> int:
-    """Most memory that this process has held since `reset_peak`, else since it began."""
+def peak_resident_bytes(process: int | None = None) -> int | None:
+    """Most memory that a process has held since `reset_peak`, else since it began.
+
+    process: its id; None: this one. The answer is None of another one where there is no /proc.
+    """
     with contextlib.suppress(OSError):
-        text = pathlib.Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-        if found := re.search(r"VmHWM:\s*(\d+) kB", text):
+        path = pathlib.Path("/proc") / str(process or "self") / "status"
+        if found := re.search(r"VmHWM:\s*(\d+) kB", path.read_text(encoding="utf-8")):
             return int(found[1]) * 1024
+    if process is not None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -525,28 +525,32 @@ def starting(config: config_lib.Config, scratch: pathlib.Path) -> list[Maker]:
         f"        config.update_from_flattened_dict({settings!r})\n    return config\n",
         encoding="utf-8",
     )
-    cache, peaks = scratch / "compiled", [0]
-
-    def start(first: bool) -> None:
-        if first:
-            shutil.rmtree(cache, ignore_errors=True)
-        with contextlib.ExitStack() as stack:
-            workdir = scratch / "run"
-            stack.callback(files.remove, workdir)
-            peaks[0] = max(peaks[0], _first_step(program, workdir, cache))
+    cache = scratch / "compiled"
 
     def job(name: str, first: bool) -> Job:
-        peaks[0] = 0
-        call = lambda: start(first)  # noqa: E731
-        return Job(name, "starts", 1, call, warmup=0, traced=False, peak=lambda: peaks[0])
+        peaks: list[int | None] = []
+
+        def start() -> None:
+            if first:
+                shutil.rmtree(cache, ignore_errors=True)
+            workdir = scratch / "run"
+            try:
+                peaks.append(_first_step(program, workdir, cache))
+            finally:
+                files.remove(workdir)
+
+        def peak() -> int | None:
+            return max((peak for peak in peaks if peak is not None), default=None)
+
+        return Job(name, "starts", 1, start, warmup=0, traced=False, peak=peak)
 
     return [lambda: job("first start", True), lambda: job("second start", False)]
 
 
-def _first_step(config: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path) -> int:
+def _first_step(config: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path) -> int | None:
     """Runs the command until a step's metrics are written; returns its peak resident bytes."""
     command = [sys.executable, "-m", "itself_jax.main", f"--config={config}"]
-    said = config.with_suffix(".log")
+    said, metrics = config.with_suffix(".log"), workdir / "metrics.jsonl"
     with said.open("wb") as output:
         process = subprocess.Popen(
             [*command, f"--workdir={workdir}"],
@@ -555,27 +559,22 @@ def _first_step(config: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its workers end with it
         )
-        metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + _START_SECONDS
-        done = False
+        deadline, peak = time.monotonic() + _START_SECONDS, None
         try:
-            while not (done := _has_line(metrics)) and time.monotonic() < deadline:
-                if process.poll() is not None:
-                    done = _has_line(metrics)
-                    break
+            while not _has_line(metrics) and process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise WorkloadError(f"the run made no step within {_START_SECONDS} s")
                 time.sleep(0.01)
+            peak = timing.peak_resident_bytes(process.pid)
         finally:
-            if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
                 # Not politely: it would save a checkpoint first.
                 os.killpg(process.pid, signal.SIGKILL)
-                _, _, usage = os.wait4(process.pid, 0)
-                process.returncode = -signal.SIGKILL
-                peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-            else:
-                peak = 0  # its end was seen before its memory was asked for
-    if not done:
+            code = process.wait()
+    if not _has_line(metrics):
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise WorkloadError(
-            f"`{' '.join(command[1:3])}` made no step (exit code {process.returncode}): "
+            f"`{' '.join(command[1:3])}` made no step (exit code {code}): "
             f"{lines[-1] if lines else 'it said nothing'}"
         )
     return peak
