@@ -49,7 +49,7 @@ def prepare(spec: dict):
     facts = {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "matmul_gflops": matmul_gflops(torch, device),
+        "matmul_gflops": matmul_gflops(torch, device, spec["matmul_size"]),
     }
     with np.load(spec["inputs"]) as archive:
         arrays = {name: archive[name] for name in archive.files}
@@ -134,7 +134,7 @@ def prepare(spec: dict):
     return encoded, facts
 
 
-def matmul_gflops(torch, device, size: int = 2048, repeats: int = 5) -> float:
+def matmul_gflops(torch, device, size: int, repeats: int = 5) -> float:
     """Median GFLOP/s of a float32 product, as `itself_jax.timing` measures its own."""
     a, b = torch.randn(2, size, size, device=device)
     seconds = []

@@ -93,7 +93,7 @@ def compare(
     ):
         # Ours first: it writes the weights.
         prepared = ours.ask(spec)
-        spec |= {"platform": prepared["platform"], "precision": prepared["precision"]}
+        spec |= prepared  # platform, precision, matmul_size
         facts = theirs.ask(spec)
         first = [side.ask({})["check"] for side in (ours, theirs)]
         difference = _difference(*first)
@@ -415,7 +415,8 @@ def main(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> N
         machine[precision] = timing.matmul_gflops(precision)
     job = prepare(spec)
     timing.reset_peak()
-    answer({"platform": jax.default_backend(), "precision": precision})
+    size = timing.matmul_size()
+    answer({"platform": jax.default_backend(), "precision": precision, "matmul_size": size})
     while line := read():
         if samples := json.loads(line).get("row"):
             peaks = timing.peak_resident_bytes(), timing.peak_device_bytes()

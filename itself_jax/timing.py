@@ -121,21 +121,27 @@ def peak_device_bytes() -> int | None:
 # --- the machine ----------------------------------------------------------------------------------
 
 
-def matmul_gflops(dtype: str, *, size: int | None = None, repeats: int = 3) -> float:
+def matmul_size() -> int:
+    """Rows of the matrices whose product tells what the machine can do."""
+    if jax.default_backend() != "cpu":
+        return 8192
+    return 1024 if cpus() <= 8 else 2048  # enough work for all threads, and done in a moment
+
+
+def matmul_gflops(dtype: str, *, size: int | None = None, repeats: int = 5) -> float:
     """What one device reaches in a product of two square matrices, GFLOP/s; median of `repeats`.
 
     All threads of a CPU work on it. A multiplication and an addition count as two operations.
 
     Args:
       dtype: of the matrices; float32 products are full float32 ones also where TF32 is usual.
-      size: rows; None: 2048 on a CPU, 8192 elsewhere.
+      size: rows; None: `matmul_size()`.
     """
-    if size is None:
-        size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = size or matmul_size()
     precision = jax.lax.Precision.HIGHEST if dtype == "float32" else jax.lax.Precision.DEFAULT
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), jnp.dtype(dtype))
     product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-    return 2 * size**3 / measure(lambda: product(a, b), repeats=repeats, warmup=1).median / 1e9
+    return 2 * size**3 / measure(lambda: product(a, b), repeats=repeats, warmup=2).median / 1e9
 
 
 def cpus() -> int:

@@ -223,7 +223,7 @@ def test_our_side_answers_line_by_line(tmp_path):
     answers = []
     comparing.main(lambda: lines.pop(0), answers.append)
     ready, first, second, last = answers
-    assert ready == {"platform": "cpu", "precision": "float32"}
+    assert ready == {"platform": "cpu", "precision": "float32", "matmul_size": timing.matmul_size()}
     assert len(first["check"]) == 2 and first["check"] == second["check"]  # t2i and i2t
     assert last["row"]["seconds"]["median"] == 1.0 and last["row"]["amount"] == 21
 
