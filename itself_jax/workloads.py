@@ -553,8 +553,7 @@ def _first_step(config: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path
     said, metrics = config.with_suffix(".log"), workdir / "metrics.jsonl"
     with said.open("wb") as output:
         process = subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+            [*command, f"--workdir={workdir}", f"--compile_cache={cache}"],
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its workers end with it
