@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from itself_jax import config as config_lib
-from itself_jax import sharding, step
+from itself_jax import sharding, step, timing
 
 
 class AotError(RuntimeError):
@@ -47,6 +47,16 @@ CHIPS: dict[str, Chip] = {
     # The SXM module: dense bfloat16; NVLink's 900 GB/s are both directions together.
     "h100": Chip(80e9, 989e12, 3350e9, 450e9, "https://www.nvidia.com/en-us/data-center/h100/"),
 }
+# By what jax calls the devices. Other cards of a name, such as the H100 PCIe, have other figures.
+_DEVICE_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "NVIDIA H100 80GB HBM3": "h100",
+}
 _PER_HOST = {"h100": 8}
 
 # What the CUDA compiler asks of a card. Figures of the H100 80GB HBM3 as its driver reports them.
@@ -66,6 +76,11 @@ dnn_version_info { major: 9 minor: 8 } runtime_version { major: 12 minor: 9 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 }
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """Peak figures of a device by jax's name of its kind; None: not known here."""
+    return CHIPS.get(_DEVICE_KINDS.get(device_kind, ""))
 
 
 class Topology(NamedTuple):
@@ -497,9 +512,7 @@ def lines(result: Plan) -> list[str]:
                 "unknown" if p.accessed is None else f"{p.accessed / 1e9:.1f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        out.append("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    out += timing.aligned(rows)
     for p in result.programs:
         if chip is not None:
             share = p.bytes / chip.memory

@@ -1,18 +1,31 @@
-"""What the programs of a run need: `python -m itself_jax.bench COMMAND --config=FILE`.
+"""What the programs of a run need, and how fast they are.
 
-    aot --topology=v5e:16x16 --config=configs/cuhk.py   compiled for machines that are not here
+    python -m itself_jax.bench COMMAND --config=FILE
 
-`aot` prints memory, operations and collectives of the train step and both encoders, at full size;
-`--json=FILE` keeps them. Exit codes: 0 done; 1 failed, or a program does not fit its devices, with
-one sentence; 2 flag or config rejected.
+    train      the train step, as a run compiles it, on generated pairs
+    encode     both encoders, on batches of config.eval.batch_size
+    eval       the ranking of generated embeddings: --queries, --gallery
+    data       reading and augmenting config.dataset
+    startup    from the command to the first step, with nothing compiled before and again
+    all        these five
+    compare    train, encode and eval beside the PyTorch twin, in turn: --mode, --parts
+    aot        --topology=v5e:16x16: compiled for machines that are not here, and not run
+
+Each prints a table; `--json=FILE` keeps every figure, under the keys of docs/performance.md.
+`--sweep=batch_size=4,8,16` repeats a command for each value, `--profile=DIR` leaves traces for
+XProf and Perfetto. Exit codes: 0 done; 1 failed, or a program does not fit its devices, with one
+sentence; 2 flag or config rejected.
 """
 
+import ast
 import dataclasses
 import json
 import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -23,11 +36,32 @@ from itself_jax import config as config_lib
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration, e.g. configs/cuhk.py.")
 _JSON = flags.DEFINE_string("json", None, "File for the figures.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+_IDENTITIES = flags.DEFINE_integer(
+    "identities", 11003, "Of the data set's train split [CUHK-PEDES].", lower_bound=2
+)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Calls that are timed.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 2, "Calls before them.", lower_bound=1)
+_QUERIES = flags.DEFINE_integer(
+    "queries", 6156, "eval: captions [CUHK-PEDES's test split].", lower_bound=1
+)
+_GALLERY = flags.DEFINE_integer(
+    "gallery", 3074, "eval: pictures [CUHK-PEDES's test split].", lower_bound=1
+)
+_SWEEP = flags.DEFINE_string(
+    "sweep", None, "A config key, queries or gallery, and its values: batch_size=4,8,16."
+)
+_PROFILE = flags.DEFINE_string("profile", None, "Folder for traces: train, encode, eval.")
+_PARTS = flags.DEFINE_list("parts", ["train", "images", "captions", "eval"], "compare: which ones.")
+_MODE = flags.DEFINE_list(
+    "mode", ["lean", "published"], "compare: the twin does what is needed, or what was published."
+)
+_THREADS = flags.DEFINE_integer(
+    "threads", None, "compare: of both sides [all processors].", lower_bound=1
+)
+_TWIN_PYTHON = flags.DEFINE_string("twin_python", "", "compare: a Python with torch [this one].")
+_TWIN_COMPILE = flags.DEFINE_bool("twin_compile", False, "compare: the twin by torch.compile.")
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "aot: devices to compile for: v5e:16x16, v5p:4x4x4, h100:8, cpu:8."
-)
-_IDENTITIES = flags.DEFINE_integer(
-    "identities", 11003, "aot: of the data set's train split [CUHK-PEDES].", lower_bound=2
 )
 _PROGRAMS = flags.DEFINE_list(
     "programs", ["step", "image encoder", "text encoder"], "aot: which ones to compile."
@@ -40,10 +74,7 @@ _SEARCH = flags.DEFINE_integer(
 def _aot(config: config_lib.Config) -> None:
     if _TOPOLOGY.value is None:
         raise flags.Error("--topology is required, e.g. --topology=v5e:16x16")
-    known = list(flags.FLAGS["programs"].default)
-    for name in _PROGRAMS.value:
-        if name not in known:
-            raise flags.Error(f"--programs={name}: must be some of {', '.join(known)}")
+    _check_list("programs")
     _compile_only(_TOPOLOGY.value)
     # Imported late: the environment above is read when jax is.
     from itself_jax import aot
@@ -60,9 +91,7 @@ def _aot(config: config_lib.Config) -> None:
             f"Largest batch_size that fits: {search.fits or 'none found'} "
             f"(next tried that does not: {search.too_large or 'none'}; {search.tries} tries)."
         )
-    if _JSON.value:
-        path = pathlib.Path(_JSON.value)
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    _write_json(document)
     if result.failures and not _SEARCH.value:
         name, sentence = next(iter(result.failures.items()))
         raise aot.AotError(
@@ -116,7 +145,195 @@ def _compile_only(topology: str) -> None:
     os.environ.update(settings)
 
 
-COMMANDS: dict[str, Callable[[config_lib.Config], None]] = {"aot": _aot}
+# --- what is measured here ------------------------------------------------------------------------
+
+_MEASURED = ("train", "encode", "eval", "data", "startup")
+
+
+class _Value(NamedTuple):
+    """One value of a sweep and what it makes of the settings; without a sweep the only one."""
+
+    changed: dict[str, Any]
+    config: config_lib.Config
+    counts: dict[str, int]  # as `workloads.Settings` names them
+
+
+def _measured(*names: str) -> Callable[[config_lib.Config], None]:
+    """The command that measures these, one after another."""
+
+    def measure(config: config_lib.Config) -> None:
+        if _PROFILE.value and set(names).isdisjoint(("train", "encode", "eval")):
+            raise flags.Error(
+                f"--profile={_PROFILE.value}: {names[0]} runs no program of ours here"
+            )
+        values = _values(config)
+        # Imported late: a bad flag must not wait for jax.
+        from itself_jax import workloads
+
+        if not {"data", "startup"}.isdisjoint(names):
+            workloads.require_data_libraries()
+        profile = pathlib.Path(_PROFILE.value) if _PROFILE.value else None
+        rows = []
+        for value in values:
+            settings = workloads.Settings(**value.counts)
+            with tempfile.TemporaryDirectory(prefix="itself_jax-bench-") as scratch:
+                for name in names:
+                    jobs = workloads.makers(name, value.config, settings, pathlib.Path(scratch))
+                    for make in jobs:
+                        row = workloads.measure(
+                            make(),
+                            repeats=_REPEATS.value,
+                            warmup=_WARMUP.value,
+                            profile=_folder_of(profile, value),
+                        )
+                        rows.append({"changed": value.changed, **row})
+                        command.say(f"{_title(rows[-1])}: {_seconds(row['seconds'])}")
+        _finish(names[0] if len(names) == 1 else "all", config, rows, workloads.table(rows))
+
+    return measure
+
+
+def _compare(config: config_lib.Config) -> None:
+    _check_list("parts")
+    _check_list("mode")
+    if _PROFILE.value:
+        raise flags.Error("--profile: compare writes no traces; train, encode and eval do")
+    values = _values(config)
+    from itself_jax import comparing, timing, workloads
+
+    threads = _THREADS.value or timing.cpus()
+    if threads > timing.cpus():
+        raise flags.Error(f"--threads={threads}: this process may use {timing.cpus()} processors")
+    twin = comparing.find_twin(_TWIN_PYTHON.value, _TWIN_COMPILE.value)
+    rows = []
+    for value in values:
+        with tempfile.TemporaryDirectory(prefix="itself_jax-bench-") as scratch:
+            for part in _PARTS.value:
+                for mode in _MODE.value:
+                    row = comparing.compare(
+                        value.config,
+                        workloads.Settings(**value.counts),
+                        part,
+                        mode,
+                        twin,
+                        repeats=_REPEATS.value,
+                        warmup=_WARMUP.value,
+                        threads=threads,
+                        scratch=pathlib.Path(scratch),
+                    )
+                    rows.append({"changed": value.changed, **row})
+                    ratio = row["ratio"]["median"]
+                    command.say(f"{_title(rows[-1])}: {ratio:.3f} of the twin's time, mode {mode}")
+    _finish("compare", config, rows, comparing.table(rows))
+
+
+def _values(config: config_lib.Config) -> list[_Value]:
+    """What `--sweep` asks for, checked as a whole before the first is measured.
+
+    Raises:
+      flags.Error, ConfigError: it is misspelt, or a value does not fit.
+    """
+    counts = {flag.name: flag.value for flag in (_IDENTITIES, _QUERIES, _GALLERY)}
+    if _SWEEP.value is None:
+        return [_Value({}, config, counts)]
+    key, equals, text = _SWEEP.value.partition("=")
+    words = re.findall(r"[(\[][^)\]]*[)\]]|[^,]+", text)
+    if not (key and equals and words):
+        raise flags.Error(
+            f"--sweep={_SWEEP.value}: expected a key and its values, e.g. --sweep=batch_size=4,8,16"
+        )
+    known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
+    values = []
+    for word in words:
+        if key in counts:
+            if not re.fullmatch(r"[1-9]\d*", word):
+                raise flags.Error(f"--sweep={_SWEEP.value}: {word} is no positive number")
+            values.append(_Value({key: int(word)}, config, counts | {key: int(word)}))
+        elif key in known:
+            changed = config_lib.replace(config, {key: _literal(word)})
+            value = config_lib.flatten(config_lib.to_dict(changed))[key]
+            values.append(_Value({key: value}, changed, counts))
+        else:
+            raise config_lib.ConfigError(f"--sweep: {config_lib.unknown_key(key)}")
+    return values
+
+
+def _literal(word: str) -> Any:
+    try:
+        return ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return word
+
+
+def _folder_of(profile: pathlib.Path | None, value: _Value) -> pathlib.Path | None:
+    if profile is None:
+        return None
+    return profile.joinpath(*(f"{key}={x}" for key, x in value.changed.items()))
+
+
+def _title(row: dict[str, Any]) -> str:
+    return " ".join([row["name"], *(f"{key}={x}" for key, x in row["changed"].items())])
+
+
+def _seconds(spread: dict[str, Any]) -> str:
+    return f"{spread['median']:.4g} s ({spread['min']:.4g} to {spread['max']:.4g})"
+
+
+def _finish(name: str, config: config_lib.Config, rows: list[Any], table: list[str]) -> None:
+    """Prints the table and writes the document."""
+    from itself_jax import timing, workloads
+
+    machine, versions = timing.machine(), timing.versions(*(["torch"] if name == "compare" else []))
+    growth = workloads.growth(rows)
+    command.say(
+        f"\n{name} on {machine['devices']} x {machine['device_kind']} ({machine['cpus']} "
+        f"processors), jax {versions['jax']}"
+    )
+    for line in table:
+        command.say(line)
+    for found in growth:
+        command.say(f"{found['name']}: time grows as {found['key']}^{found['exponent']:.3f}")
+    _write_json(
+        {
+            "schema": workloads.SCHEMA,
+            "command": name,
+            "machine": machine,
+            "versions": versions,
+            "config": config_lib.to_dict(config),
+            "settings": {
+                "repeats": _REPEATS.value,
+                "warmup": _WARMUP.value,
+                "identities": _IDENTITIES.value,
+                "queries": _QUERIES.value,
+                "gallery": _GALLERY.value,
+            },
+            "rows": rows,
+            "growth": growth,
+        }
+    )
+
+
+def _write_json(document: dict[str, Any]) -> None:
+    if _JSON.value:
+        from itself_jax import files
+
+        text = json.dumps(document, indent=1) + "\n"
+        files.write(_JSON.value, lambda file: file.write(text.encode()))
+
+
+def _check_list(name: str) -> None:
+    known = list(flags.FLAGS[name].default)
+    for value in flags.FLAGS[name].value:
+        if value not in known:
+            raise flags.Error(f"--{name}={value}: must be some of {', '.join(known)}")
+
+
+COMMANDS: dict[str, Callable[[config_lib.Config], None]] = {
+    **{name: _measured(name) for name in _MEASURED},
+    "all": _measured(*_MEASURED),
+    "compare": _compare,
+    "aot": _aot,
+}
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -128,10 +345,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             got = " ".join(rest[1:]) or "nothing"
             raise flags.Error(
                 f"one command of {', '.join(COMMANDS)} expected, got {got}: "
-                "python -m itself_jax.bench aot --topology=v5e:16x16 --config=configs/cuhk.py"
+                "python -m itself_jax.bench train --config=configs/cuhk.py"
             )
         if not flags.FLAGS["config"].present:
             raise flags.Error("--config is required, e.g. --config=configs/cuhk.py")
+        if _JSON.value is not None and (not _JSON.value or os.path.isdir(_JSON.value)):
+            raise flags.Error(f"--json={_JSON.value}: expected a file, e.g. --json=bench.json")
         return rest
     except (flags.Error, config_lib.ConfigError) as error:
         command.stop(command.REJECTED, error)

@@ -340,8 +340,8 @@ def bench(*arguments: str, config: str = "tests/tiny.py", timeout: int = 300):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["fly"], "one command of aot expected, got fly"),
-        ([], "one command of aot expected, got nothing"),
+        (["fly"], "startup, all, compare, aot expected, got fly"),
+        ([], "one command of train, encode, eval"),
         (["aot"], "--topology is required, e.g. --topology=v5e:16x16"),
         (["aot", "--topology=cpu:8", "--programs=steps"], "--programs=steps: must be some of step"),
         (["aot", "--config.batchsize=8"], "Did you mean 'batch_size'?"),

@@ -16,6 +16,7 @@ DATA_FREE = (
     *("itself_jax", "itself_jax.config", "itself_jax.losses", "itself_jax.optim"),
     *("itself_jax.sharding", "itself_jax.step", "itself_jax.models.itself"),
     *("itself_jax.evaluate", "itself_jax.retrieval"),
+    *("itself_jax.bench", "itself_jax.workloads", "itself_jax.comparing"),
 )
 
 
