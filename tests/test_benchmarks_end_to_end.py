@@ -68,8 +68,7 @@ def test_the_command_of_each_config_trains_two_epochs_and_writes_results(
 @pytest.mark.parametrize(
     "dataset",
     [
-        "cuhk_pedes",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS if name != "cuhk_pedes"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS),
         "jsonl",
     ],
 )
