@@ -164,7 +164,7 @@ class ITSELF(nn.Module):
         out = self.text_encoder(ids, map_layers=source.layers if source else ())
         if source is not None:
             k_max = bank_limits(self.model, self.local, k is not None).text
-            scores = saliency.saliency(out.attention, source, out.pool_index)
+            scores = saliency.saliency(out.attention, source, out.pool_index, causal=True)
             k = k_max if k is None else k
             bank = saliency.text_bank(scores, ids, out.pool_index, k, k_max=k_max)
         return _select(out, bank)

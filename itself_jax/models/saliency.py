@@ -80,12 +80,16 @@ def discard_lowest(attention: Float[Array, "b n n"], share: float) -> Float[Arra
     Entries must be ≥ 0.
     """
     b, n, _ = attention.shape
-    count = int(n * n * share)
+    count = _discarded(n, share)
     if count == 0:
         return attention
     flat = attention.reshape(b, n * n).astype(jnp.float32)
     dropped = lowest(flat, count).at[:, 0].set(False)
     return jnp.where(dropped, 0.0, flat).reshape(b, n, n)
+
+
+def _discarded(n: int, share: float) -> int:
+    return int(n * n * share)
 
 
 @jax.jit
@@ -139,15 +143,23 @@ def saliency(
     attention: Mapping[int, Float[Array, "b n n"]],
     source: Source,
     query: Int[Array, " b"],
+    *,
+    causal: bool = False,
 ) -> Float[Array, "b n"]:
     """How much the token at `query` (CLS, or EOT) looks at each token; ≥ 0, larger is kept first.
+
+    `causal`: no token of these maps looks at those behind it, so that what MARS discards, up to
+    0.49 of a map, is 0 already, and need not be looked for.
 
     `min_mean` and `min_std` (paper's comparison, lowest first) are returned as 1 - value, which
     keeps them positive: attention is at most 1 and its deviation at most 1/2.
     """
     if source.kind == "mars":
-        rows = jax.nn.one_hot(query, attention[source.layers[0]].shape[-1])[:, None, :]
-        result = rollout(attention, source.layers, source.discard, rows)[:, 0]
+        n = attention[source.layers[0]].shape[-1]
+        rows = jax.nn.one_hot(query, n)[:, None, :]
+        nothing = causal and _discarded(n, source.discard) <= n * (n - 1) // 2
+        discard = 0.0 if nothing else source.discard
+        result = rollout(attention, source.layers, discard, rows)[:, 0]
     else:
         maps = jnp.stack([attention[layer] for layer in source.layers])
         rows = jnp.take_along_axis(maps, query[None, :, None, None], axis=2)[:, :, 0]

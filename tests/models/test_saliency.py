@@ -276,6 +276,26 @@ def test_among_equals_the_lower_flat_index_is_discarded_first():
     np.testing.assert_array_equal(kept > 0, [1, 0, 0, 0, 1, 1, 1, 1, 1])
 
 
+@pytest.mark.parametrize("share", (0.25, 0.45, 0.461, 0.462, 0.6))
+@pytest.mark.parametrize("peaked", (1, 40))
+def test_what_a_causal_map_discards_is_zero_already(share, peaked):
+    """13 tokens: 78 zeros above the diagonal; int(169 · .461) = 77, int(169 · .462) = 78, and .6
+    takes 101. Peaked maps have underflown entries below it, too. Equal to the last bit."""
+    random = np.random.default_rng(3)
+    logits = peaked * random.standard_normal((2, 2, 13, 13)).astype(np.float32)
+    logits = np.where(np.tril(np.ones((13, 13), bool)), logits, -np.inf)
+    maps = dict(enumerate(jax.nn.softmax(jnp.asarray(logits), axis=-1)))
+    source, query = saliency.Source("mars", (0, 1), share), jnp.array([12, 5])
+
+    def scores(causal):
+        return jax.jit(lambda maps: saliency.saliency(maps, source, query, causal=causal))
+
+    np.testing.assert_array_equal(scores(True)(maps), scores(False)(maps))
+    looked_for = "while" in scores(True).lower(maps).as_text()
+    assert looked_for == (share == 0.6)
+    assert "while" in scores(False).lower(maps).as_text()
+
+
 # --- sources ---------------------------------------------------------------------------------
 
 
