@@ -62,8 +62,8 @@ class Checkpoints:
     the training): nothing is created or removed before the first `save`, except by `restore_latest`
     if it meets damage.
 
-    Of several processes, one whose piece cannot be written ends all of them as soon as it knows, and
-    not at the next `save` or `wait`: until then they would wait for each other.
+    Of several processes, one whose piece cannot be written ends all of them as soon as it knows,
+    not at the next `save` or `wait`, where they would wait for each other.
 
     A save is safe on disk only after `wait` or `close`: a program that ends without either exits
     with 0 and has lost it. Used as a context manager the object closes itself.
