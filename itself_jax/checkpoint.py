@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from itself_jax import files, hosts
+from itself_jax import command, files, hosts
 from itself_jax.data import remote
 
 _FORMAT = 1
@@ -61,6 +61,9 @@ class Checkpoints:
     Saving belongs to one program at a time; any number may read meanwhile (an evaluation next to
     the training): nothing is created or removed before the first `save`, except by `restore_latest`
     if it meets damage.
+
+    Of several processes, one whose piece cannot be written ends all of them as soon as it knows,
+    not at the next `save` or `wait`, where they would wait for each other.
 
     A save is safe on disk only after `wait` or `close`: a program that ends without either exits
     with 0 and has lost it. Used as a context manager the object closes itself.
@@ -217,20 +220,29 @@ class Checkpoints:
             # Reading every step's metadata here would make one damaged step fatal to all.
             lightweight_initialize=True,
         )
-        return ocp.CheckpointManager(self.folder, options=options)
+        return _Manager(self.folder, options=options, failed=self._failed_in_background)
+
+    def _failed_in_background(self, error: Exception) -> None:
+        """Of several processes, ends this one and by that the others, which wait for its piece."""
+        if self._ours.count > 1:
+            self._ours.explain(error)
+            self._ours.fail(command.FAILED, self._explained(error))
 
     def _save_failed(self, error: Exception) -> CheckpointError:
         """Leaves the folder as it was before the failed save, and explains."""
         # The manager now lists a step that does not exist, and has forgotten those that it was
         # about to remove: start from the folder again.
         manager, self._manager = self._manager, None
-        if manager is not None:
+        if manager is not None and self._ours.count == 1:  # it may wait for the others
             try:
                 manager.close()
             except Exception as closing:
                 logging.getLogger(__name__).debug("closing after a failed save: %r", closing)
         if self._ours.leads:
             self._remove_unfinished()
+        return self._explained(error)
+
+    def _explained(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"step {self._saving} could not be saved in {self.folder}: {_reason(error)}; earlier "
             "checkpoints are intact: free space there or make it writable, then start again"
@@ -318,6 +330,27 @@ class Checkpoints:
             # Orbax keeps its own list of steps.
             self._manager.close()
             self._manager = None
+
+
+class _Manager(ocp.CheckpointManager):
+    """Tells of a save that has failed in the background as soon as it has.
+
+    Orbax's own thread first waits for the processes whose save has not failed, and those wait for
+    it: many minutes.
+
+    failed: called in a thread of Orbax.
+    """
+
+    def __init__(self, *arguments: Any, failed: Callable[[Exception], None], **options: Any):
+        self._failed = failed
+        super().__init__(*arguments, **options)
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self._failed(error)
+            raise
 
 
 class _Slot(NamedTuple):

@@ -307,11 +307,33 @@ def by_rows(function: Callable[..., Any], *arrays: jax.Array) -> Any:
     Where the compiler is left to choose, it may gather the rows of the whole batch on each device.
     `function` returns arrays with one row for each of its own; `gather_rows` gives it all others.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return function(*arrays)
     axis = RULES["batch"]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or axis in mesh.manual_axes:
+        return function(*arrays)
     rows = PartitionSpec(axis)
     return jax.shard_map(function, in_specs=rows, out_specs=rows, axis_names={axis})(*arrays)
+
+
+def sum_over_rows(function: Callable[..., Any], whole: Any, *parts: Any) -> Any:
+    """`function(whole, *parts)`, a sum over rows, added up over the devices once, in the end.
+
+    Where the compiler is left to choose, it adds up in every round of a loop in `function`.
+
+    whole: what all rows share. parts: arrays (parts, rows, …), as `split_rows` makes them.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(whole, *parts)
+    axis = RULES["batch"]
+
+    def own(whole: Any, *parts: Any) -> Any:
+        # Else each use of `whole` would have a gradient that is added up on the spot.
+        whole = jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), whole)
+        return jax.tree.map(lambda x: jax.lax.psum(x, axis), function(whole, *parts))
+
+    shared, rows = PartitionSpec(), PartitionSpec(None, axis)
+    in_specs = (shared, *[rows] * len(parts))
+    return jax.shard_map(own, in_specs=in_specs, out_specs=shared, axis_names={axis})(whole, *parts)
 
 
 def gather_rows(x: jax.Array) -> jax.Array:
@@ -338,7 +360,10 @@ def _spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     for axis in axes:
         if axis is not None and axis not in RULES:
             raise ShardingError(f"logical axis {axis!r} is unknown: add it to sharding.RULES")
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    # Inside of `sum_over_rows` a device sees its own rows only.
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    names = (None if axis is None else RULES[axis] for axis in axes)
+    return PartitionSpec(*(None if name in manual else name for name in names))
 
 
 def _axes(path: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[str | None, ...]:

@@ -290,13 +290,27 @@ class Training:
         )
         wanted = jax.tree.map(lambda x: sharding.split_rows(x, parts), wanted)
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            inputs, banks, wanted = part
-            _, pull = jax.vjp(lambda towers: features(select(towers, inputs, banks)), towers)
-            return jax.tree.map(jnp.add, total, pull(wanted)[0]), None
+        kept = tuple(bank and bank.kept for bank in whole_banks)
+        of_rows = tuple(bank and (bank.indices, bank.valid) for bank in banks)
 
-        zeros = jax.tree.map(jnp.zeros_like, towers)
-        of_towers, _ = jax.lax.scan(add, zeros, (inputs, banks, wanted))
+        def pull_all(whole: tuple[Any, Any], *parts: Any) -> Any:
+            towers, kept = whole
+
+            def add(total: Any, part: Any) -> tuple[Any, None]:
+                inputs, of_rows, wanted = part
+                banks = tuple(
+                    own and saliency.Bank(own[0], k, own[1])
+                    for k, own in zip(kept, of_rows, strict=True)
+                )
+                _, pull = jax.vjp(lambda towers: features(select(towers, inputs, banks)), towers)
+                return jax.tree.map(jnp.add, total, pull(wanted)[0]), None
+
+            return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, towers), parts)[0]
+
+        if self.config.sharding == "fsdp":  # each part's sum is spread at once: no whole gradients
+            of_towers = pull_all((towers, kept), inputs, of_rows, wanted)
+        else:
+            of_towers = sharding.sum_over_rows(pull_all, (towers, kept), inputs, of_rows, wanted)
         return {**of_towers, **gradients}, loss
 
     def _in_use(self, params: Any) -> Any:

@@ -4,17 +4,20 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import tiny
 
 from itself_jax import config as config_lib
 from itself_jax import hosts
+from itself_jax.data import datasets, pipeline, synthetic
 
 # What each process does; its index is the first argument.
 PROGRAM = """
@@ -191,6 +194,32 @@ with checkpoint.Checkpoints(folder, log=print, ours=ours) as checkpoints:
     assert (tmp_path / "checkpoints" / "damaged-2").is_dir()
 
 
+def test_a_checkpoint_that_one_process_cannot_write_ends_both_at_once(tmp_path):
+    """Orbax alone would keep both waiting for each other for many minutes."""
+    body = """
+import pathlib, resource, numpy as np, jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from itself_jax import checkpoint, sharding
+mesh = Mesh(np.array(jax.devices()), ("data",))
+values = np.random.default_rng(0).random(1 << 20, np.float32)
+state = {"a": sharding.put(values, NamedSharding(mesh, PartitionSpec("data")))}
+with checkpoint.Checkpoints(pathlib.Path(FOLDER), log=lambda line: None, ours=ours) as checkpoints:
+    checkpoints.save(1, state, {"score": None})
+    checkpoints.wait()
+    if ours.index == 1:  # as a full disk, in the background
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    checkpoints.save(2, state, {"score": None})
+""".replace("FOLDER", repr(str(tmp_path / "checkpoints")))
+    with started([script(body)] * 2) as running:
+        (code, sentence), (failed, own) = ends(running)
+    assert code == failed == 1
+    reason = f"step 2 could not be saved in {tmp_path}/checkpoints: File too large; earlier"
+    assert own.startswith(f"itself_jax: {reason}")
+    assert sentence.startswith("itself_jax: process 1 (") and f"failed: {reason}" in sentence
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["1", "2.orbax-checkpoint-tmp"]  # which the next save removes
+
+
 def test_sigterm_to_one_stops_all_at_the_same_call():
     body = """
 import time
@@ -290,7 +319,7 @@ def main_job(workdir: pathlib.Path, data: pathlib.Path, *changes: str) -> list[s
 
 
 def wait_for_step(workdir: pathlib.Path, step: int, running) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         path = workdir / "metrics.jsonl"
         if path.exists() and f'"step": {step},' in path.read_text():
@@ -318,7 +347,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_in_any_number(tmp_path):
             if stop_at is not None:
                 wait_for_step(tmp_path / workdir, stop_at, running)
                 running[-1].send_signal(signal.SIGTERM)
-            result = ends(running, timeout=280)
+            result = ends(running, timeout=600)
         assert {code for code, _ in result} == {75 if stop_at else 0}, result
 
     run("one", 1)
@@ -338,21 +367,195 @@ def test_two_processes_train_as_one_and_stop_and_go_on_in_any_number(tmp_path):
     assert queries == 24
 
 
+# Runs the main job with something of it replaced: the faults of one process.
+REPLACED = """
+import os, resource, runpy, signal, sys, time
+from itself_jax import checkpoint, files, train
+{change}
+runpy.run_module("itself_jax.main", run_name="__main__", alter_sys=True)
+"""
+# SIGTERM to itself as soon as it encodes that split; the others have heard of it when it begins.
+TERMINATED_AT = """
+original = train.encode_and_rank
+def encode_and_rank(this, variables, split, alpha):
+    if split.split == {split!r}:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)
+    return original(this, variables, split, alpha)
+train.encode_and_rank = encode_and_rank
+"""
+DISK_FULL_AT = """
+original = checkpoint.Checkpoints.save
+def save(self, step, state, meta):
+    if step == {step}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    original(self, step, state, meta)
+checkpoint.Checkpoints.save = save
+"""
+TELLS_WRITES = """
+original = files.write
+def write(path, content):
+    print("writes", path, flush=True)
+    return original(path, content)
+files.write = write
+"""
+
+
+def replaced(command: list[str], change: str) -> list[str]:
+    python, *module = command[:3]
+    assert module == ["-m", "itself_jax.main"]
+    return [python, "-c", REPLACED.format(change=change), *command[3:]]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ("replicated", "fsdp"))
-def test_two_runs_of_two_processes_are_bit_for_bit_equal(tmp_path, sharding):
-    """Also when the second one is stopped and goes on, on the same topology."""
+@pytest.mark.parametrize(
+    "sharding, stops",
+    [
+        ("replicated", ("while validating", "while testing")),
+        ("fsdp", ("in training", "kill 1", "kill 0")),
+    ],
+)
+def test_two_runs_of_two_processes_are_bit_for_bit_equal(tmp_path, sharding, stops):
+    """Also when the second one is stopped or killed, and goes on, on the same topology."""
     data, cache = tmp_path / "data", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    changes = (f"--config.sharding={sharding}",)
-    for workdir, stops in (("whole", ()), ("cut", (7, None))):
-        for stop_at in stops or (None,):
-            commands = [main_job(tmp_path / workdir, data, *changes)] * 2
-            with started(commands, devices=2, **cache) as running:
-                if stop_at:
-                    wait_for_step(tmp_path / workdir, stop_at, running)
-                    running[0].send_signal(signal.SIGTERM)
-                codes = [code for code, _ in ends(running, timeout=280)]
-            assert codes == [75 if stop_at else 0] * 2
-    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    assert tiny.results(tmp_path / "cut") == tiny.results(tmp_path / "whole")
+    # Small batches of evaluation, for many places where it may stop.
+    changes = (f"--config.sharding={sharding}", "--config.eval.batch_size=4")
+
+    def run(name, stop=None):
+        command = main_job(workdir := tmp_path / name, data, *changes)
+        commands = [command, command]
+        if stop in ("while validating", "while testing"):
+            split = "val" if stop == "while validating" else "test"
+            commands[1] = replaced(command, TERMINATED_AT.format(split=split))
+        with started(commands, devices=2, **cache) as running:
+            if stop == "in training":
+                wait_for_step(workdir, 7, running)
+                running[0].send_signal(signal.SIGTERM)
+            elif stop in ("kill 0", "kill 1"):
+                at = len(tiny.train_lines(workdir)) + 1
+                wait_for_step(workdir, at, running)
+                victim = running[int(stop[-1])]
+                victim.send_signal(signal.SIGKILL)
+                before = time.monotonic()
+                ((code, sentence),) = ends([running[1 - int(stop[-1])]])
+                assert time.monotonic() - before < 30
+                assert code == 75
+                assert f"process {stop[-1]} of 2 (" in sentence
+                assert f"process {victim.pid}) is lost" in sentence
+                return
+            codes = [code for code, _ in ends(running, timeout=600)]
+        assert codes == [75 if stop else 0] * 2
+        newest = tiny.document(tiny.newest(workdir))
+        if stop == "while validating":
+            assert newest["step"] == 5 and not newest["meta"]["validated"]
+            assert len(tiny.metrics(workdir)) == 5
+        elif stop == "while testing":
+            assert newest["step"] == 16 and newest["meta"]["validated"]
+            assert not list(workdir.glob("results/*"))
+
+    run("whole")
+    for stop in (*stops, None):
+        run("cut", stop)
+    tiny.assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_write_ends_both_and_is_none(tmp_path):
+    """First the disk of process 1 is full, at the second save; then that of process 0."""
+    data, cache = tmp_path / "data", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    workdir = tmp_path / "run"
+    command = main_job(workdir, data, "--config.sharding=fsdp")
+    for index, step, last_good in ((1, 11, 5), (0, 16, 11)):
+        commands = [command, command]
+        commands[index] = replaced(command, DISK_FULL_AT.format(step=step))
+        with started(commands, devices=2, **cache) as running:
+            wait_for_step(workdir, step, running)
+            before = time.monotonic()
+            results = ends(running, timeout=600)
+            assert time.monotonic() - before < 60
+        assert [code for code, _ in results] == [1, 1], results
+        reason = f"step {step} could not be saved in {workdir}/checkpoints: File too large; "
+        assert results[index][1].startswith(f"itself_jax: {reason}")
+        assert results[1 - index][1].startswith(f"itself_jax: process {index} (")
+        assert f"failed: {reason}" in results[1 - index][1]
+        assert tiny.document(tiny.newest(workdir))["step"] == last_good
+    with started([command, command], devices=2, **cache) as running:
+        outputs = [process.communicate(timeout=600) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    assert "Going on at step 11, after epoch 2." in outputs[0][0]
+    assert "damaged" not in outputs[0][0]
+    assert len(losses(workdir)) == 16
+    names = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert all(name.isdigit() for name in names) and "16" in names, names
+
+
+@pytest.mark.slow
+def test_pictures_that_one_process_cannot_read_end_both(tmp_path):
+    """Each host has its own copy of the data; in that of process 1 a picture is damaged."""
+    commands = []
+    for index in range(2):
+        data = tmp_path / f"data{index}"
+        folder = synthetic.ensure(data, identities=(24, 6, 6), images_per_identity=2, log=print)
+        if index:
+            (folder / "imgs" / picture_of_step(folder, 3)).write_bytes(b"")
+        commands.append(main_job(tmp_path / "run", data))
+    with started(commands, devices=2) as running:
+        results = ends(running, timeout=600)
+    assert [code for code, _ in results] == [1, 1], results
+    reason = "1 of 48 pictures of synthetic train cannot be read, more than 1%: "
+    assert results[1][1].startswith(f"itself_jax: {reason}")
+    assert results[0][1].startswith("itself_jax: process 1 (")
+    assert f"failed: {reason}" in results[0][1]
+
+
+def picture_of_step(folder: pathlib.Path, step: int) -> str:
+    """One that process 1 of two reads for this step (from 1), and nobody for one before it."""
+    config = tiny.settings(folder.parent)
+    split = datasets.read("synthetic", folder, "train", image_size=config.model.image_size)
+    order = pipeline.epoch_order(
+        split.caption_ids,
+        batch_size=config.batch_size,
+        num_instances=config.num_instances,
+        seed=config.seed,
+        epoch=1,
+    ).reshape(-1, config.batch_size)
+    before = set(split.caption_images[order[: step - 1]].ravel().tolist())
+    own = split.caption_images[order[step - 1, config.batch_size // 2 :]].tolist()
+    return pathlib.Path(split.images.name(next(i for i in own if i not in before))).name
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_and_one_of_them_writes(tmp_path):
+    data, cache = tmp_path / "data", {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    workdir, embeddings = tmp_path / "run", "embeddings-synthetic-test.npz"
+    changes = ("--config.last_epoch=1", "--config.eval.dump_embeddings")
+    command = main_job(workdir, data, *changes)
+    with started([command], devices=4, **cache) as running:
+        assert [code for code, _ in ends(running, timeout=600)] == [0]
+    expected = tiny.results(workdir)
+    with np.load(workdir / embeddings) as arrays:
+        expected_arrays = dict(arrays)
+    before = {path for path in workdir.rglob("*") if path.is_file()}
+    command = replaced([*command, "--mode=eval"], TELLS_WRITES)
+    with started([command, command], devices=2, **cache) as running:
+        outputs = [process.communicate(timeout=600) for process in running]
+    assert [process.returncode for process in running] == [0, 0], outputs
+    written = [re.findall(r"^writes (.*)$", output, re.M) for output, _ in outputs]
+    assert sorted(written[0]) == [
+        f"{workdir}/{embeddings}",
+        f"{workdir}/results/synthetic-test.json",
+    ]
+    assert written[1] == []
+    assert ["protocol val" in output for output, _ in outputs] == [True, False]  # the table
+    assert {path for path in workdir.rglob("*") if path.is_file()} == before
+    assert tiny.results(workdir) == expected
+    with np.load(workdir / embeddings) as arrays:
+        assert arrays.keys() == expected_arrays.keys()
+        for name, array in arrays.items():
+            if array.dtype == np.float32:
+                np.testing.assert_allclose(array, expected_arrays[name], rtol=0, atol=1e-5)
+            else:
+                np.testing.assert_array_equal(array, expected_arrays[name])

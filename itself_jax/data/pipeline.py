@@ -203,7 +203,7 @@ class TrainStream:
         Raises:
           ValueError: `start_step` is not in 0..total_steps.
           records.DataError: from `next`, when none of an identity's pictures can be read, or more
-            than 1 % of the split's pictures were found unreadable.
+            than 1 % of the split's pictures were found unreadable by this host.
           remote.CopyError: from `next`, when a file of pictures cannot be had from its bucket.
         """
         if not 0 <= start_step <= self.total_steps:
