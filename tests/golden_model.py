@@ -211,8 +211,8 @@ def train_pass():
         return saliency.Source("all", tuple(range(depth)), 0.25)
 
     def run(params, batch_stats, batch, source, k):
-        def chosen(attention, _, query):
-            all_of_them = [of(attention, parse(name, 12), query) for name in SOURCES]
+        def chosen(attention, _, query, *, causal=False):
+            all_of_them = [of(attention, parse(name, 12), query, causal=causal) for name in SOURCES]
             return jnp.stack(all_of_them)[source]
 
         with (
