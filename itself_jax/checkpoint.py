@@ -336,7 +336,7 @@ class _Manager(ocp.CheckpointManager):
     """Tells of a save that has failed in the background as soon as it has.
 
     Orbax's own thread first waits for the processes whose save has not failed, and those wait for
-    it: many minutes.
+    it: many minutes. It also leaves the question whether to stop to `hosts.Hosts`.
 
     failed: called in a thread of Orbax.
     """
@@ -344,6 +344,11 @@ class _Manager(ocp.CheckpointManager):
     def __init__(self, *arguments: Any, failed: Callable[[Exception], None], **options: Any):
         self._failed = failed
         super().__init__(*arguments, **options)
+
+    def reached_preemption(self, step: int) -> bool:
+        # jax lets all stop a little beyond the largest number that it was asked with, and Orbax
+        # asks with numbers a million times ours: a SIGTERM just after a save would be lost.
+        return False
 
     def _wait_for_checkpointers(self) -> None:
         try:
