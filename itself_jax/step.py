@@ -67,12 +67,20 @@ def compute_dtype(precision: str | None) -> jnp.dtype:
 def attention_kernel(attention: str | None, dtype: jnp.dtype) -> str:
     """cuDNN's on NVIDIA's cards from Ampere on, in 16-bit compute, unless `attention` says which.
 
-    Everywhere else XLA's: the CPU's is as fast, and a TPU's compiler fuses what it needs to.
+    Everywhere else XLA's: the CPU's is as fast, and no TPU kernel has been tried.
+
+    Raises:
+      ConfigError: cuDNN's is asked for in float32, which is also what a CPU computes in.
     """
     if attention is None:
         capability = getattr(jax.local_devices()[0], "compute_capability", None)
         is_new = re.fullmatch(r"\d+\.\d+", str(capability)) and float(capability) >= 8.0
         attention = "cudnn" if is_new and dtype == jnp.bfloat16 else "plain"
+    if attention == "cudnn" and dtype != jnp.bfloat16:
+        raise config_lib.ConfigError(
+            f"config.attention=cudnn computes in bfloat16, but this run in {dtype.name}: "
+            "use config.precision=bfloat16 on a GPU, or config.attention=plain"
+        )
     return attention
 
 

@@ -1,6 +1,7 @@
 """The compiled step: schedules, number types, devices, transfers and the batches that are odd."""
 
 import dataclasses
+import types
 from typing import NamedTuple
 from unittest import mock
 
@@ -444,3 +445,26 @@ def test_precision_follows_the_backend_unless_it_is_said():
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):
         assert step.compute_dtype(None) == jnp.bfloat16
         assert step.compute_dtype("float32") == jnp.float32
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, kernel",
+    [
+        ("9.0", "bfloat16", "cudnn"),
+        ("8.0", "bfloat16", "cudnn"),
+        ("7.5", "bfloat16", "plain"),
+        ("9.0", "float32", "plain"),
+        (None, "bfloat16", "plain"),  # a CPU or a TPU
+        ("gfx90a", "bfloat16", "plain"),  # a card that is not NVIDIA's
+    ],
+)
+def test_cudnns_attention_is_chosen_where_it_works(monkeypatch, capability, dtype, kernel):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(step.jax, "local_devices", lambda: [device])
+    assert step.attention_kernel(None, jnp.dtype(dtype)) == kernel
+    assert step.attention_kernel("plain", jnp.dtype(dtype)) == "plain"
+
+
+def test_cudnns_attention_in_float32_is_refused():
+    with pytest.raises(config_lib.ConfigError, match="attention=cudnn computes in bfloat16, but"):
+        step.attention_kernel("cudnn", jnp.dtype("float32"))
