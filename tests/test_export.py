@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -548,7 +549,9 @@ app.run(export.main, flags_parser=export.parse_flags)
     flags = ("--formats=stablehlo", "--text_length=12", "--image_size=48x16")
     status, printed, err = command(run, out, *flags, code=code)
     assert (status, err) == (0, [])
-    assert "image.stablehlo 0.0 MB, image.npz 0.2 MB: global 1.0e-06 off" in printed
+    # A StableHLO file holds the source's paths, so that its rounded size depends on where it lies.
+    sizes = r"image\.stablehlo 0\.\d MB, image\.npz 0\.2 MB: global 1\.0e-06 off"
+    assert re.search(sizes, printed)
     assert f"Written to {out}: " in printed
     names = {path.name for path in out.iterdir()}
     parts = {f"{t}.{k}" for t in ("image", "text") for k in ("npz", "stablehlo")}
