@@ -127,9 +127,10 @@ def prepare(spec: dict):
     def encoded():
         reduced = dtype != torch.float32
         with torch.autocast(device.type, dtype=dtype, enabled=reduced):
-            found = encode(rows)
+            found = [encode(part) for part in rows.split(spec["batch_size"])]
         done()
-        return lambda: [float(x.float().norm()) for x in found if x is not None]
+        sides = [torch.cat(parts) for parts in zip(*found) if parts[0] is not None]
+        return lambda: [float(x.float().norm()) for x in sides]
 
     return encoded, facts
 

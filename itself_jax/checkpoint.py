@@ -251,12 +251,13 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Removes what a killed or failed save left behind: as large as a whole checkpoint."""
         for _ in range(10):
-            for path in (left := self._unfinished()):
-                files.remove(path)
-            if not left or not self._unfinished():
+            if not (left := self._unfinished()):
                 return
-            # After one write has failed, the others of that save go on for a moment.
-            time.sleep(0.1)
+            for path in left:
+                files.remove(path)
+            # After one write has failed, the others of that save go on for a moment, and may
+            # make their folder again.
+            time.sleep(0.3)
 
     def _unfinished(self) -> list[files.Path]:
         if remote.is_local(self.folder):

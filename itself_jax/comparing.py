@@ -253,6 +253,7 @@ def _spec(
         "image_mean": step.IMAGE_MEAN,
         "image_std": step.IMAGE_STD,
         "alphas": _alphas(config),
+        "batch_size": config.eval.batch_size,
         "block_bytes": config.eval.chunk_mb << 20,
         "compile": twin.compile,
     }
@@ -330,10 +331,10 @@ def _inputs(
     random = np.random.default_rng(0)
     if part == "train":
         return workloads.random_batch(config, settings.identities)._asdict()
-    if part == "images":
-        return {"images": workloads.random_pixels(config, config.eval.batch_size, random)}
-    if part == "captions":
-        return {"captions": workloads.random_captions(config, config.eval.batch_size, random)}
+    if part in ("images", "captions"):
+        rows = workloads.encoder_rows(part, config.eval.batch_size)
+        generate = workloads.random_pixels if part == "images" else workloads.random_captions
+        return {part: generate(config, rows, random)}
     found = workloads.random_embeddings(config, settings)._asdict()
     return {name: x for name, x in found.items() if x is not None}
 
@@ -400,7 +401,9 @@ def _check(part: str, output: Any) -> list[float]:
         return [float(output.loss)]
     if part == "eval":
         return [row.metrics.mAP for row in output]
-    return [float(np.linalg.norm(np.asarray(x, np.float32))) for x in jax.tree.leaves(output)]
+    # Of all batches together: their order and their bounds may differ.
+    joined = jax.tree.map(lambda *parts: np.concatenate([np.asarray(x) for x in parts]), *output)
+    return [float(np.linalg.norm(x.astype(np.float32))) for x in jax.tree.leaves(joined)]
 
 
 def main(read: Callable[[], str], answer: Callable[[dict[str, Any]], None]) -> None:

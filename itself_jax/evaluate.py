@@ -22,8 +22,8 @@ _DIRECTIONS = {"t2i": "text to image", "i2t": "image to text"}
 def encode_corpus(
     encode_image: Callable[[jax.Array], Any],
     encode_text: Callable[[jax.Array], Any],
-    image_batches: Iterable[tuple[np.ndarray, int]],
-    caption_batches: Iterable[tuple[np.ndarray, int]],
+    image_batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    caption_batches: Iterable[tuple[np.ndarray, np.ndarray]],
     *,
     split,
     should_stop: Callable[[], None] = lambda: None,
@@ -31,20 +31,21 @@ def encode_corpus(
 ) -> retrieval.Embeddings:
     """Encodes every image and every caption of a split once.
 
-    All batches of one side should have one shape, so that its encoder compiles once.
+    The batches of one side should have few shapes, since its encoder compiles for each.
 
     Args:
         encode_image: uint8 images (b, H, W, 3) to a named tuple with `global_` (b, D) and `local`
             (b, M) or None.
         encode_text: int32 tokens (b, t) to the same.
-        image_batches: pairs (images, count); the rows from `count` on are padding.
-        caption_batches: pairs (tokens, count).
-        split: has `dataset`, `split`, `image_ids` and `caption_ids`; batches follow their order.
+        image_batches: pairs (images, indices): row i is image indices[i] of the split; rows behind
+            those are padding.
+        caption_batches: pairs (tokens, indices).
+        split: has `dataset`, `split`, `image_ids` and `caption_ids`.
         should_stop: called before each batch; may raise to abandon the evaluation.
         place: moves a host batch to the device, or to the devices of a mesh.
 
     Raises:
-        ValueError: the batches hold more or fewer rows than the split.
+        ValueError: the batches do not hold every row of the split once.
     """
     where = f"{split.dataset} {split.split}"
     image_global, image_local = _encode(
@@ -76,34 +77,37 @@ def encode_corpus(
 def _encode(
     encode, batches, rows, *, what, should_stop, place
 ) -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, "n m"] | None]:
-    filled = 0
+    times = np.zeros(rows, int)
     arrays: list[np.ndarray | None] = []
 
-    def collect(output, count):
-        nonlocal filled, arrays
+    def collect(output, indices):
+        nonlocal arrays
         parts = jax.device_get((output.global_, output.local))
         if not arrays:
             arrays = [x if x is None else np.empty((rows, x.shape[1]), np.float32) for x in parts]
-        if filled + count > rows:
+        if indices.max() >= rows:
             raise ValueError(f"expected {rows} {what}, but the batches hold more")
         for array, part in zip(arrays, parts, strict=True):
             if array is not None:
-                array[filled : filled + count] = part[:count]
-        filled += count
+                array[indices] = part[: len(indices)]
+        times[indices] += 1
 
     pending = None
-    for batch, count in batches:
+    for batch, indices in batches:
         should_stop()
         # Dispatch is asynchronous: the result of a batch is fetched only after the next one is
         # decoded and queued, so host and device work at the same time.
         output = encode(place(batch))
         if pending is not None:
             collect(*pending)
-        pending = output, count
+        pending = output, indices
     if pending is not None:
         collect(*pending)
-    if not rows or filled != rows:
-        raise ValueError(f"expected {rows} {what} (at least one), but the batches hold {filled}")
+    if not rows or (times != 1).any():
+        raise ValueError(
+            f"expected each of {rows} {what} (at least one) once, but the batches lack "
+            f"{(times == 0).sum()} and repeat {(times > 1).sum()}"
+        )
     return arrays[0], arrays[1]
 
 

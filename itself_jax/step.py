@@ -468,11 +468,15 @@ def compile_encoders(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Image and text encoder for batches of `eval.batch_size`; every host gets all embeddings.
 
+    The text encoder takes captions of the lengths of `itself.caption_lengths`.
+
     variables: shapes and places of "params" and "batch_stats"; classifiers may be absent.
     """
+    lengths = itself.caption_lengths(training.config.model, training.config.local)
+    of_length = {t: compile_text_encoder(training, variables, mesh, t) for t in lengths}
     return (
         compile_image_encoder(training, variables, mesh),
-        compile_text_encoder(training, variables, mesh),
+        lambda variables, ids: of_length[ids.shape[1]](variables, ids),
     )
 
 
@@ -485,10 +489,13 @@ def compile_image_encoder(
 
 
 def compile_text_encoder(
-    training: Training, variables: Any, mesh: jax.sharding.Mesh
+    training: Training, variables: Any, mesh: jax.sharding.Mesh, length: int | None = None
 ) -> Callable[..., Any]:
-    """As `compile_encoders`: (variables, token ids) → embeddings."""
-    shape = (training.config.model.text_length,)
+    """As `compile_encoders`: (variables, token ids) → embeddings.
+
+    length: of a caption, at most and by default `text_length`.
+    """
+    shape = (length or training.config.model.text_length,)
     return _compile_encoder(training, training.encode_captions, variables, mesh, shape, np.int32)
 
 

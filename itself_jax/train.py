@@ -27,6 +27,7 @@ from itself_jax import config as config_lib
 from itself_jax import meter as meter_lib
 from itself_jax.data import batch as batch_lib
 from itself_jax.data import datasets, pipeline, records, remote, synthetic, tokenizer
+from itself_jax.models import itself
 
 Log = Callable[[str], None]
 ALONE = hosts.Hosts()
@@ -517,7 +518,13 @@ def encode_and_rank(
             batch_size=batch_size,
             shard=rows,
         ),
-        pipeline.caption_batches(split, this.tokenizer, batch_size=batch_size, shard=rows),
+        pipeline.caption_batches(
+            split,
+            this.tokenizer,
+            batch_size=batch_size,
+            lengths=itself.caption_lengths(config.model, config.local),
+            shard=rows,
+        ),
         split=split,
         should_stop=this.interrupts.check,
         place=lambda batch: sharding.shard_batch(this.mesh, batch),

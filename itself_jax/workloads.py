@@ -5,6 +5,7 @@ that docs/performance.md describes.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import math
 import os
@@ -23,6 +24,7 @@ import numpy as np
 from itself_jax import aot, files, fitting, retrieval, sharding, step, timing
 from itself_jax import config as config_lib
 from itself_jax.data import batch as batch_lib
+from itself_jax.models import itself
 
 # Words of a caption of CUHK-PEDES as its authors describe the set: 23.5 on average, 96 at most.
 _WORDS, _MOST_WORDS = 23.5, 96
@@ -30,6 +32,7 @@ _SIGMA = 0.35  # of the logarithm: captions of half and of twice the average are
 _BATCHES = 4  # of the pipeline in one measurement: it works ahead, so that a single one may be free
 # The same epoch length for every size, so that a schedule counted in epochs does not change.
 STEPS_PER_EPOCH = 1000
+_BATCHES_OF_CAPTIONS = 8  # so that short and long ones come in shares like those of a data set
 _START_SECONDS = 1800
 
 
@@ -336,31 +339,62 @@ def training(
 def encoder(
     config: config_lib.Config, settings: Settings, side: str, inputs: np.ndarray | None = None
 ) -> Job:
-    """An encoder as evaluation calls it; returns the embeddings.
+    """An encoder as evaluation calls it; returns the embeddings of each batch.
 
-    side: "images" or "captions". inputs: pixels or token ids of one batch; None: random ones.
+    side: "images" or "captions". inputs: pixels or token ids of `encoder_rows`; None: random ones.
     """
     made, mesh, template = make_training(config, settings)
-    rows = sharding.eval_batch_size(config, mesh)
+    b = sharding.eval_batch_size(config, mesh)
     if inputs is None:
         generate = random_pixels if side == "images" else random_captions
-        inputs = generate(config, rows, np.random.default_rng(0))
+        inputs = generate(config, encoder_rows(side, b), np.random.default_rng(0))
     places = _encoder_variables(template)
-    compile_it = step.compile_image_encoder if side == "images" else step.compile_text_encoder
-    compiled, seconds = _compiled(lambda: compile_it(made, places, mesh))
-    program = _program(f"encode {side}", compiled, mesh, rows, template.params)
+
+    def compile_it(length: int | None) -> Any:
+        if length is None:
+            return step.compile_image_encoder(made, places, mesh)
+        return step.compile_text_encoder(made, places, mesh, length)
+
+    groups: list[tuple[int | None, np.ndarray]] = [(None, inputs)]
+    if side == "captions":
+        lengths = itself.caption_lengths(config.model, config.local)
+        found = batch_lib.group_captions(inputs, lengths, b)
+        groups = [(group.length, inputs[group.rows, : group.length]) for group in found]
+    compiled, seconds = _compiled(lambda: {length: compile_it(length) for length, _ in groups})
     variables = jax.jit(
         lambda: _encoder_variables(made.init(config.seed)),
         out_shardings=jax.tree.map(lambda x: x.sharding, places),
     )()
-    placed = sharding.shard_batch(mesh, inputs)
+    batches = [
+        (compiled[length], sharding.shard_batch(mesh, rows[start : start + b]))
+        for length, rows in groups
+        for start in range(0, len(rows), b)
+    ]
+    # Of one call: all batches, one after another.
+    counts = {length: -(-len(rows) // b) for length, rows in groups}
+    programs = {
+        length: _program(f"encode {side}", x, mesh, b, template.params)
+        for length, x in compiled.items()
+    }
 
-    def call() -> Any:
+    def call() -> list[itself.Embedding]:
         with jax.transfer_guard("disallow"):
-            return compiled(variables, placed)
+            return [encode(variables, rows) for encode, rows in batches]
 
     unit = "pictures" if side == "images" else "captions"
-    return _job(f"encode {side}", unit, rows, call, config, program, mesh, seconds)
+    program = max(programs.values(), key=lambda program: program.temporary)
+
+    def total(name: str) -> float | None:
+        each = [(counts[length], getattr(one, name)) for length, one in programs.items()]
+        return None if any(x is None for _, x in each) else sum(n * x for n, x in each)
+
+    program = dataclasses.replace(program, flops=total("flops"), accessed=total("accessed"))
+    return _job(f"encode {side}", unit, len(inputs), call, config, program, mesh, seconds)
+
+
+def encoder_rows(side: str, batch_size: int) -> int:
+    """Rows of one measurement: a batch of pictures, as they are all alike; more of captions."""
+    return batch_size * (_BATCHES_OF_CAPTIONS if side == "captions" else 1)
 
 
 def ranking(

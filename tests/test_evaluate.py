@@ -44,7 +44,7 @@ def batches(array, size):
         # Padding that would show: no real row is all 99.
         batch = np.full((size, *array.shape[1:]), 99, array.dtype)
         batch[: len(rows)] = rows
-        yield batch, len(rows)
+        yield batch, np.arange(begin, begin + len(rows))
 
 
 def encoded(images=encode, texts=encode, size=3, split=SPLIT, **kwargs):
@@ -150,7 +150,7 @@ def test_should_stop_is_asked_before_each_batch_and_may_abandon():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (np.arange(6), r"expected 6 images of synthetic test .* the batches hold 5"),
+        (np.arange(6), r"expected each of 6 images of synthetic test .* lack 1 and repeat 0"),
         (np.arange(4), r"expected 4 images of synthetic test, but the batches hold more"),
         (np.arange(0), r"expected 0 images of synthetic test"),
     ],
@@ -158,6 +158,15 @@ def test_should_stop_is_asked_before_each_batch_and_may_abandon():
 def test_batches_must_hold_exactly_the_split(ids, message):
     with pytest.raises(ValueError, match=message):
         encoded(split=SimpleNamespace(**{**vars(SPLIT), "image_ids": ids}))
+
+
+def test_batches_may_come_in_any_order_but_hold_a_row_once():
+    parts = list(batches(CAPTIONS, 3))
+    images = list(batches(IMAGES, 3))
+    turned = evaluate.encode_corpus(encode, encode, images, parts[::-1], split=SPLIT)
+    np.testing.assert_array_equal(turned.text_global, CAPTIONS[:, :3])
+    with pytest.raises(ValueError, match=r"7 captions of synthetic test .* lack 3 and repeat 3"):
+        evaluate.encode_corpus(encode, encode, images, [parts[0], *parts[::2]], split=SPLIT)
 
 
 # --- results -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""What the data pipeline hands to the compiled step. Needs NumPy alone."""
+"""What the data pipeline hands to the compiled programs. Needs NumPy alone."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,3 +14,36 @@ class Batch(NamedTuple):
     captions: np.ndarray  # (b, t) int32 token ids
     pids: np.ndarray  # (b,) int32 identity labels 0..c-1
     epoch: np.ndarray  # () int32, from 1
+
+
+class Group(NamedTuple):
+    """Captions that are encoded at one length: `rows` are their places among all, ascending."""
+
+    length: int
+    rows: np.ndarray
+
+
+def group_captions(ids: np.ndarray, lengths: Sequence[int], batch_size: int) -> list[Group]:
+    """Spreads captions over the lengths that they may be cut to.
+
+    Each caption goes where it fits and costs least; but no length other than the last one in use
+    gets a batch that is not full, so that as many batches are made as of a single length.
+
+    Args:
+      ids: (n, t) token ids; the largest of a row is its EOT, behind which come pads alone.
+      lengths: ascending, the last one being t.
+      batch_size: of the batches that the groups will be cut into.
+
+    Returns:
+      The groups that are not empty.
+    """
+    needed = ids.argmax(axis=1) + 1
+    shortest = np.searchsorted(lengths, needed)  # the first length that holds the caption
+    groups, waiting = [], np.zeros(0, np.int64)
+    for i, length in enumerate(lengths):
+        rows = np.concatenate([waiting, np.flatnonzero(shortest == i)])
+        whole = len(rows) // batch_size * batch_size if (shortest > i).any() else len(rows)
+        rows, waiting = rows[:whole], rows[whole:]
+        if len(rows):
+            groups.append(Group(int(length), np.sort(rows)))
+    return groups

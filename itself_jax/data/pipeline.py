@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -367,49 +367,48 @@ def image_batches(
     batch_size: int,
     num_threads: int = 4,
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields all images in annotation order as ((b, H, W, 3) uint8, valid rows of the batch).
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields all images in annotation order as ((b, H, W, 3) uint8, their indices).
 
     The last batch is filled up with copies of its row 0, so that one compiled shape serves all.
     Threads decode up to two batches ahead. `shard`: (index, count) of this host, which gets (and
-    decodes) rows index * b ... of each batch, with b = batch_size / count; the valid rows are
+    decodes) rows index * b ... of each batch, with b = batch_size / count; the indices are
     those of the whole batch.
 
     Raises:
       records.DataError: an image cannot be read.
       remote.CopyError: a file of pictures cannot be had from its bucket.
     """
-    chosen = list(_rows_of_batches(len(split.images), batch_size, shard))
+    chosen = list(_batches_of(np.arange(len(split.images)), batch_size, shard))
     with contextlib.closing(
         images.ahead(
             lambda index: split.images.load(index, image_size),
-            [index for rows, _ in chosen for index in rows],
+            [int(index) for own, _ in chosen for index in own],
             depth=2 * batch_size,
             num_threads=num_threads,
         )
     ) as loaded:
-        for rows, count in chosen:
+        for own, whole in chosen:
             pixels = np.empty((batch_size // shard[1], *image_size, 3), np.uint8)
-            for row in range(len(rows)):
+            for row in range(len(own)):
                 pixels[row] = next(loaded)
-            pixels[len(rows) :] = pixels[0]
-            yield pixels, count
+            pixels[len(own) :] = pixels[0]
+            yield pixels, whole
 
 
-def _rows_of_batches(
-    total: int, batch_size: int, shard: tuple[int, int]
-) -> Iterator[tuple[list[int], int]]:
-    """Of every batch: the elements that this host loads (one at least), and the valid rows."""
+def _batches_of(
+    indices: np.ndarray, batch_size: int, shard: tuple[int, int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of every batch: the elements that this host loads (one at least), and all."""
     host, hosts = shard
     if batch_size % hosts:
         raise ValueError(f"batch_size={batch_size} must be divisible by the {hosts} hosts")
     own = batch_size // hosts
-    for start in range(0, total, batch_size):
-        count = min(batch_size, total - start)
-        first = min(host * own, count)
+    for start in range(0, len(indices), batch_size):
+        whole = indices[start : start + batch_size]
+        part = whole[host * own : (host + 1) * own]
         # A host whose part of the last batch is padding alone pads with the batch's first row.
-        rows = list(range(start + first, start + min(first + own, count))) or [start]
-        yield rows, count
+        yield (part if len(part) else whole[:1]), whole
 
 
 def caption_batches(
@@ -417,14 +416,20 @@ def caption_batches(
     tokenizer: tokenizer_lib.Tokenizer,
     *,
     batch_size: int,
+    lengths: Sequence[int] = (),
     shard: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields all captions in annotation order as ((b, t) int32 ids, valid rows of the batch).
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields all captions as ((b, t) int32 ids, their indices).
 
-    The last batch is filled up with copies of its row 0. `shard` as in `image_batches`.
+    `lengths`: ascending; a batch has the least of them as its t that its captions need, if it can
+    be filled. Default: all have `text_length`. The last batch of a length is filled up with copies
+    of its row 0. `shard` as in `image_batches`.
     """
-    for rows, count in _rows_of_batches(len(split.captions), batch_size, shard):
-        ids = np.empty((batch_size // shard[1], tokenizer.text_length), np.int32)
-        ids[: len(rows)] = tokenizer.encode_batch([split.captions[row] for row in rows])
-        ids[len(rows) :] = ids[0]
-        yield ids, count
+    ids = tokenizer.encode_batch(split.captions)
+    lengths = lengths or (tokenizer.text_length,)
+    for length, rows in batch_lib.group_captions(ids, lengths, batch_size):
+        for own, whole in _batches_of(rows, batch_size, shard):
+            batch = np.empty((batch_size // shard[1], length), np.int32)
+            batch[: len(own)] = ids[own, :length]
+            batch[len(own) :] = batch[0]
+            yield batch, whole

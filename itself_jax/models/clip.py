@@ -151,7 +151,10 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """CLIP's causal text transformer over token ids (b, t): SOT, words, EOT (largest id), pads."""
+    """CLIP's causal text transformer over token ids (b, t): SOT, words, EOT (largest id), pads.
+
+    t is at most `text_length`: no token sees the pads that are left out.
+    """
 
     vocab_size: int
     text_length: int
@@ -167,8 +170,8 @@ class TextEncoder(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "b t"], *, map_layers: Collection[int] = ()) -> TowerOutput:
         b, t = ids.shape
-        if t != self.text_length:
-            raise ValueError(f"captions have {t} positions, expected {self.text_length}")
+        if t > self.text_length:
+            raise ValueError(f"captions have {t} positions, at most {self.text_length} expected")
         x = nn.Embed(
             self.vocab_size,
             self.width,
@@ -177,8 +180,8 @@ class TextEncoder(nn.Module):
             name="token_embedding",
         )(ids)
         init = nn.initializers.normal(0.01)
-        positions = self.param("position_embedding", init, (t, self.width))
-        x = x + positions[None].astype(x.dtype)
+        positions = self.param("position_embedding", init, (self.text_length, self.width))
+        x = x + positions[None, :t].astype(x.dtype)
         out = transformer.Transformer(
             self.depth,
             self.heads,

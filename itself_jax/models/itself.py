@@ -224,3 +224,28 @@ def bank_limits(model: config_lib.Model, local: config_lib.Local, train: bool) -
     if train and local.ats:
         ratio = max(local.ratio_start, local.ratio_end)
     return BankLimits(*(saliency.bank_size(n, ratio) for n in candidates(model)))
+
+
+def caption_lengths(model: config_lib.Model, local: config_lib.Local) -> tuple[int, ...]:
+    """Lengths, ascending, to which inference may cut its captions: about half, and `text_length`.
+
+    A caption that ends within the shorter one has the same embedding at both, since no token sees
+    those behind it, and its pads have no part in an embedding at inference. Two lengths, since
+    each is a compilation. Where the result would differ, there is only `text_length`.
+    """
+    whole = model.text_length
+    half = -(-whole // 16) * 8
+    if local.enabled:
+        # The bank is padded to k rows, SOT and EOT come last of all.
+        half = max(half, bank_limits(model, local, False).text + 2)
+        source = saliency.parse_source(
+            local.inference_saliency,
+            model.text_depth,
+            mars_layers=local.mars_layers,
+            discard=local.mars_discard,
+        )
+        if source.kind == "mars" and not all(
+            saliency.discards_zeros(source.discard, n) for n in (half, whole)
+        ):
+            return (whole,)
+    return (half, whole) if half < whole else (whole,)

@@ -92,6 +92,11 @@ def _discarded(n: int, share: float) -> int:
     return int(n * n * share)
 
 
+def discards_zeros(share: float, n: int) -> bool:
+    """Whether `discard_lowest` of n² causal entries takes none but the zeros of the future."""
+    return _discarded(n, share) <= n * (n - 1) // 2
+
+
 @jax.jit
 def lowest(values: Float[Array, "b s"], count: Int[Array, ""] | int) -> Bool[Array, "b s"]:
     """Marks the `count` lowest of each row, among equals the lower index first.
@@ -157,8 +162,7 @@ def saliency(
     if source.kind == "mars":
         n = attention[source.layers[0]].shape[-1]
         rows = jax.nn.one_hot(query, n)[:, None, :]
-        nothing = causal and _discarded(n, source.discard) <= n * (n - 1) // 2
-        discard = 0.0 if nothing else source.discard
+        discard = 0.0 if causal and discards_zeros(source.discard, n) else source.discard
         result = rollout(attention, source.layers, discard, rows)[:, 0]
     else:
         maps = jnp.stack([attention[layer] for layer in source.layers])

@@ -361,7 +361,7 @@ def test_packed_pictures_give_identical_batches(corpus, split, clip, form, tmp_p
         pipeline.image_batches(other, image_size=SIZE, batch_size=8),
         strict=True,
     ):
-        assert n == m
+        np.testing.assert_array_equal(n, m)
         np.testing.assert_array_equal(one, two)
 
 
@@ -561,12 +561,13 @@ def test_image_batches_cover_the_gallery_in_order(split, batch_size, num_threads
         )
     )
     assert [images.shape for images, _ in batches] == [(batch_size, *SIZE, 3)] * len(batches)
-    rows = np.concatenate([images[:count] for images, count in batches])
+    rows = np.concatenate([images[: len(indices)] for images, indices in batches])
     wanted = [split.images.load(index, SIZE) for index in range(27)]
     np.testing.assert_array_equal(rows, wanted)
-    last, count = batches[-1]
-    assert count == 27 - batch_size * (len(batches) - 1)
-    assert (last[count:] == last[0]).all() and last.dtype == np.uint8
+    np.testing.assert_array_equal(np.concatenate([x for _, x in batches]), range(27))
+    last, indices = batches[-1]
+    assert len(indices) == 27 - batch_size * (len(batches) - 1)
+    assert (last[len(indices) :] == last[0]).all() and last.dtype == np.uint8
 
 
 def test_image_batches_may_be_left_early(split):
@@ -580,8 +581,35 @@ def test_image_batches_may_be_left_early(split):
 def test_caption_batches_cover_the_queries_in_order(split, clip, batch_size):
     batches = list(pipeline.caption_batches(split, clip, batch_size=batch_size))
     assert [ids.shape for ids, _ in batches] == [(batch_size, 20)] * len(batches)
-    rows = np.concatenate([ids[:count] for ids, count in batches])
+    rows = np.concatenate([ids[: len(indices)] for ids, indices in batches])
     np.testing.assert_array_equal(rows, clip.encode_batch(split.captions))
-    last, count = batches[-1]
-    assert count == 54 - batch_size * (len(batches) - 1)
-    assert (last[count:] == last[0]).all() and last.dtype == np.int32
+    np.testing.assert_array_equal(np.concatenate([x for _, x in batches]), range(54))
+    last, indices = batches[-1]
+    assert len(indices) == 54 - batch_size * (len(batches) - 1)
+    assert (last[len(indices) :] == last[0]).all() and last.dtype == np.int32
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("lengths", [(10, 20), (5, 10, 11, 20), (20,)])
+def test_short_captions_come_in_full_batches_of_their_own(split, clip, lengths, hosts):
+    ids = clip.encode_batch(split.captions)
+    needed = (ids == ids.max()).argmax(axis=1) + 1
+    assert [(needed <= n).sum() for n in (5, 10, 11, 12)] == [0, 10, 37, 54]
+    shards = [
+        list(
+            pipeline.caption_batches(
+                split, clip, batch_size=4, lengths=lengths, shard=(host, hosts)
+            )
+        )
+        for host in range(hosts)
+    ]
+    found = np.zeros_like(ids)
+    for parts in zip(*shards, strict=True):
+        batch = np.concatenate([rows for rows, _ in parts])
+        indices = parts[0][1]
+        assert all(np.array_equal(other, indices) for _, other in parts)
+        assert batch.shape[1] in lengths and (needed[indices] <= batch.shape[1]).all()
+        assert len(indices) == 4 or batch.shape[1] == max(lengths)
+        found[indices, : batch.shape[1]] += batch[: len(indices)]
+    np.testing.assert_array_equal(found, ids)
+    assert len(shards[0]) == -(-54 // 4)

@@ -252,6 +252,50 @@ def test_inference_may_select_with_mars_instead():
         assert golden_model.error(last, expected) > 1e-3, "the sources must differ here"
 
 
+@pytest.mark.parametrize("source", ("last", "layer:0", "mars", "mean", "std"))
+def test_captions_cut_to_the_shorter_length_have_the_same_embeddings_and_words(source):
+    model = golden_model.build(inference_saliency=source)
+    length, whole = itself.caption_lengths(model.model, model.local)
+    assert whole == model.model.text_length and 8 < length < whole
+    random = np.random.default_rng(0)
+    ids = np.zeros((length - 1, whole), np.int32)
+    end = model.model.vocab_size - 1
+    for words, row in enumerate(ids):  # none at all, up to as many as fit
+        row[: words + 2] = [end - 1, *random.integers(0, end - 1, words), end]
+
+    @jax.jit
+    def encode(variables, ids):
+        return model.apply(variables, ids, method="encode_text")
+
+    variables = golden_model.variables()
+    short, long = encode(variables, ids[:, :length]), encode(variables, ids)
+    for name in ("global_", "local"):
+        ours, expected = (getattr(x.embedding, name) for x in (short, long))
+        golden_model.assert_close(ours, expected, 2e-6, name)
+    np.testing.assert_array_equal(short.bank.valid, long.bank.valid)
+    kept = np.asarray(long.bank.valid)
+    np.testing.assert_array_equal(short.bank.indices[kept], long.bank.indices[kept])
+
+
+@pytest.mark.parametrize(
+    "changes, lengths",
+    (
+        ({}, (40, 77)),
+        ({"local.ratio": 0.6}, (47, 77)),  # 45 rows of the bank, SOT and EOT
+        ({"local.ratio": 1.0}, (77,)),
+        ({"local.ratio": 1.0, "local.enabled": False}, (40, 77)),
+        ({"model.text_length": 248, "local.ratio": 0.2}, (128, 248)),
+        ({"local.inference_saliency": "mars", "local.mars_discard": 0.48}, (40, 77)),
+        # It takes more than the zeros of the future: which entries, depends on the length.
+        ({"local.inference_saliency": "mars", "local.mars_discard": 0.495}, (77,)),
+        ({"local.mars_discard": 0.495}, (40, 77)),  # in training alone
+    ),
+)
+def test_captions_are_cut_only_where_that_changes_nothing(changes, lengths):
+    config = config_lib.replace(config_lib.Config(), changes)
+    assert itself.caption_lengths(config.model, config.local) == lengths
+
+
 @pytest.mark.parametrize("part", ("full_stride16", "full_stride12", "only_global_stride16"))
 def test_full_size_model_has_exactly_the_published_tensors(part):
     published = json.loads((golden_model.FOLDER / "itself_vitb16_keys.json").read_text())
