@@ -129,7 +129,7 @@ def prepare(spec: dict):
         with torch.autocast(device.type, dtype=dtype, enabled=reduced):
             found = [encode(part) for part in rows.split(spec["batch_size"])]
         done()
-        sides = [torch.cat(parts) for parts in zip(*found) if parts[0] is not None]
+        sides = [torch.cat(parts) for parts in zip(*found, strict=True) if parts[0] is not None]
         return lambda: [float(x.float().norm()) for x in sides]
 
     return encoded, facts

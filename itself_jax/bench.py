@@ -47,6 +47,9 @@ _QUERIES = flags.DEFINE_integer(
 _GALLERY = flags.DEFINE_integer(
     "gallery", 3074, "eval: pictures [CUHK-PEDES's test split].", lower_bound=1
 )
+_STREAMED = flags.DEFINE_bool(
+    "streamed", False, "eval: text to image alone, pictures made when read; any gallery fits."
+)
 _SWEEP = flags.DEFINE_string(
     "sweep", None, "A config key, queries or gallery, and its values: batch_size=4,8,16."
 )
@@ -175,7 +178,7 @@ def _measured(*names: str) -> Callable[[config_lib.Config], None]:
         profile = pathlib.Path(_PROFILE.value) if _PROFILE.value else None
         rows = []
         for value in values:
-            settings = workloads.Settings(**value.counts)
+            settings = workloads.Settings(**value.counts, streamed=_STREAMED.value)
             with tempfile.TemporaryDirectory(prefix="itself_jax-bench-") as scratch:
                 for name in names:
                     jobs = workloads.makers(name, value.config, settings, pathlib.Path(scratch))
@@ -198,6 +201,8 @@ def _compare(config: config_lib.Config) -> None:
     _check_list("mode")
     if _PROFILE.value:
         raise flags.Error("--profile: compare writes no traces; train, encode and eval do")
+    if _STREAMED.value:
+        raise flags.Error("--streamed: the twin holds the whole gallery; use eval")
     values = _values(config)
     from itself_jax import comparing, timing, workloads
 
@@ -306,6 +311,7 @@ def _finish(name: str, config: config_lib.Config, rows: list[Any], table: list[s
                 "identities": _IDENTITIES.value,
                 "queries": _QUERIES.value,
                 "gallery": _GALLERY.value,
+                "streamed": _STREAMED.value,
             },
             "rows": rows,
             "growth": growth,
@@ -376,4 +382,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    command.with_huge_pages()
     app.run(main, flags_parser=parse_flags)

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from itself_jax import command as command_lib
 from itself_jax import config as config_lib
 from itself_jax import dialects, retrieval, step, timing, workloads
 
 PARTS = ("train", "images", "captions", "eval")
 MODES = ("lean", "published")
+_OURS = "ours"
 # Relative, of the first call's losses, norms or mAP: more is another computation, not rounding.
 _SAME = {"float32": 1e-2, "bfloat16": 1e-1}
 
@@ -88,7 +90,7 @@ def compare(
     """
     spec = _spec(config, settings, part, mode, twin, threads, scratch)
     with (
-        _Side([sys.executable, "-m", "itself_jax.comparing"], "ours", scratch) as ours,
+        _Side([sys.executable, "-m", "itself_jax.comparing"], _OURS, scratch) as ours,
         _Side([twin.python, str(twin.folder / "twin_worker.py")], "the twin", scratch) as theirs,
     ):
         # Ours first: it writes the weights.
@@ -178,6 +180,11 @@ class _Side:
         self._name, self._log = name, scratch / f"{name.replace(' ', '-')}.log"
         package = str(pathlib.Path(__file__).resolve().parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = dict(os.environ)
+        if name != _OURS and command_lib.HUGE_PAGES.items() <= environment.items():
+            # What our commands do for themselves; the twin has what its user has.
+            for key in command_lib.HUGE_PAGES:
+                del environment[key]
         self._errors = self._log.open("w", encoding="utf-8")
         self._process = subprocess.Popen(
             command,
@@ -186,7 +193,7 @@ class _Side:
             stderr=self._errors,
             text=True,
             env={
-                **os.environ,
+                **environment,
                 "PYTHONPATH": os.pathsep.join(paths),
                 # Two processes share one card.
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

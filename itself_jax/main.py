@@ -104,6 +104,7 @@ def _argument(argv: Sequence[str], name: str) -> str:
 
 
 if __name__ == "__main__":
+    command.with_huge_pages()
     try:
         _INTERRUPTS.install()
         app.run(main, flags_parser=parse_flags)

@@ -26,6 +26,7 @@ from itself_jax.models import grab, itself, saliency
 # CLIP's statistics of RGB in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+_LARGE = 50_000_000  # parameters
 
 
 class TrainState(NamedTuple):
@@ -460,7 +461,20 @@ def compile_step(
         training.step, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
     )
     with jax.set_mesh(mesh):
-        return step.lower(template, batch_template(training.config, mesh)).compile()
+        lowered = step.lower(template, batch_template(training.config, mesh))
+        return lowered.compile(compiler_options=_compiler_options(template.params, mesh))
+
+
+def _compiler_options(params: Any, mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
+    """What the compiler does not find out by itself.
+
+    A CPU's runs operations side by side, at the cost of memory. That makes the steps of small
+    models faster; each operation of a large one keeps all cores busy alone.
+    """
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    if is_cpu and sum(x.size for x in jax.tree.leaves(params)) >= _LARGE:
+        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    return None
 
 
 def compile_encoders(

@@ -44,11 +44,13 @@ class Settings(NamedTuple):
     """What is measured beside the configuration.
 
     identities: classes of the identity heads. queries, gallery: captions and pictures ranked.
+    streamed: captions rank pictures that are made when they are read, and not the reverse.
     """
 
     identities: int = 11003
     queries: int = 6156
     gallery: int = 3074
+    streamed: bool = False
 
 
 class Job(NamedTuple):
@@ -182,7 +184,7 @@ def growth(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         name = row["name"] + (f", mode {row['mode']}" if "mode" in row else "")
         for key, value in row["changed"].items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
                 seconds = row.get("ours", row)["seconds"]["median"]
                 series.setdefault((name, key), []).append((float(value), seconds))
     found = []
@@ -282,16 +284,40 @@ def random_embeddings(config: config_lib.Config, settings: Settings) -> retrieva
     def of_width(rows: int, width: int) -> np.ndarray:
         return random.standard_normal((rows, width), np.float32)
 
+    def of_pictures(width: int, seed: int) -> Any:
+        return _Generated(g, width, seed) if settings.streamed else of_width(g, width)
+
     embed, local = config.model.embed_dim, config.local.dim
     has_local = config.local.enabled
     return retrieval.Embeddings(
         text_global=of_width(q, embed),
         text_local=of_width(q, local) if has_local else None,
-        image_global=of_width(g, embed),
-        image_local=of_width(g, local) if has_local else None,
+        image_global=of_pictures(embed, 1),
+        image_local=of_pictures(local, 2) if has_local else None,
         text_ids=text_ids,
         image_ids=image_ids,
     )
+
+
+class _Generated:
+    """Random rows that are made when a slice of them is read: any number of them, in no memory."""
+
+    _ROWS = 4096  # of one seed
+
+    def __init__(self, rows: int, width: int, seed: int):
+        self.shape, self._seed = (rows, width), seed
+
+    def __getitem__(self, chosen: slice) -> np.ndarray:
+        start, stop, _ = chosen.indices(self.shape[0])
+        first, last = start // self._ROWS, -(-stop // self._ROWS)
+        made = [
+            np.random.default_rng([self._seed, i]).standard_normal(
+                (self._ROWS, self.shape[1]), np.float32
+            )
+            for i in range(first, last)
+        ]
+        rows = made[0] if len(made) == 1 else np.concatenate(made)
+        return rows[start - first * self._ROWS : stop - first * self._ROWS]
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -402,24 +428,31 @@ def ranking(
     settings: Settings,
     embeddings: retrieval.Embeddings | None = None,
 ) -> Job:
-    """`retrieval.rank`, both directions under every fusion weight; returns its rows."""
+    """`retrieval.rank` under every fusion weight, both directions unless streamed; its rows."""
     if embeddings is None:
         embeddings = random_embeddings(config, settings)
     mesh = sharding.make_mesh(config)
 
+    directions = retrieval.DIRECTIONS[: 1 if settings.streamed else 2]
+
     def call() -> list[retrieval.Row]:
-        return retrieval.rank(embeddings, chunk_bytes=config.eval.chunk_mb << 20, mesh=mesh)
+        return retrieval.rank(
+            embeddings,
+            directions=directions,
+            chunk_bytes=config.eval.chunk_mb << 20,
+            mesh=mesh,
+        )
 
     width = config.model.embed_dim + (config.local.dim if config.local.enabled else 0)
     return Job(
         "evaluate",
         "queries",
-        settings.queries + settings.gallery,
+        settings.queries + (0 if settings.streamed else settings.gallery),
         call,
         dtype="float32",
         devices=mesh.size,
-        # The compiler counts one block. Only the similarities of both directions multiply.
-        flops=2.0 * 2 * settings.queries * settings.gallery * width,
+        # The compiler counts one block. Only the similarities of each direction multiply.
+        flops=2.0 * len(directions) * settings.queries * settings.gallery * width,
         counted="similarity products",
     )
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 
-from itself_jax import aot, comparing, timing, workloads
+from itself_jax import aot, comparing, retrieval, timing, workloads
 from itself_jax import config as config_lib
 
 SPREAD = {"count", "median", "min", "max", "lower_quartile", "upper_quartile", "samples"}
@@ -151,6 +151,19 @@ def test_columns_are_aligned():
 
 
 # --- generated input --------------------------------------------------------------------------
+
+
+def test_pictures_made_when_they_are_read_rank_like_those_in_memory(tmp_path):
+    config = config_lib.replace(tiny.settings(tmp_path), {"eval.chunk_mb": 1})
+    settings = workloads.Settings(queries=30, gallery=9000, streamed=True)
+    made = workloads.random_embeddings(config, settings)
+    assert made.image_local.shape == (9000, config.local.dim)
+    whole = made._replace(image_global=made.image_global[:9000], image_local=made.image_local[:])
+    np.testing.assert_array_equal(made.image_global[4000:8200], whole.image_global[4000:8200])
+    assert len(np.unique(whole.image_global[:, 0])) > 8900  # no block repeats another
+    rows = workloads.ranking(config, settings).call()
+    assert {row.direction for row in rows} == {"t2i"} and len(rows) == 13
+    assert rows == retrieval.rank(whole, directions=("t2i",))
 
 
 def test_captions_are_as_long_as_those_of_pedestrians():

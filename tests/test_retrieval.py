@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -210,7 +211,7 @@ def test_permuting_the_gallery_changes_no_metric():
         np.testing.assert_allclose(new.metrics, old.metrics, atol=1e-9)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 20_000, 50_000, 200_000])
+@pytest.mark.parametrize("chunk_bytes", [1, 1000, 4000, 20_000, 50_000, 200_000])
 def test_the_size_of_a_block_changes_no_bit(chunk_bytes):
     embeddings = _embeddings(2)
     assert retrieval.rank(embeddings, chunk_bytes=chunk_bytes) == retrieval.rank(embeddings)
@@ -222,6 +223,19 @@ def test_the_size_of_a_block_changes_no_bit_with_ties(chunk_bytes):
     case = [golden[f"big_ties/{x}"][:200] for x in ("sims", "q_pids")] + [golden["big_ties/g_pids"]]
     blocks = retrieval.metrics_from_similarity(*case, chunk_bytes=chunk_bytes)
     assert blocks == retrieval.metrics_from_similarity(*case)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 3000])
+def test_a_gallery_in_blocks_ranks_equal_similarities_as_a_whole_one(chunk_bytes):
+    """Copies of pictures all over the gallery: a tie is one across the blocks, too."""
+    embeddings = _embeddings(3, texts=30, images=40, identities=40)
+    copies = np.random.default_rng(0).integers(0, 5, 40)
+    embeddings = embeddings._replace(
+        image_global=embeddings.image_global[copies],
+        image_local=embeddings.image_local[copies],
+    )
+    expected = retrieval.rank(embeddings)
+    assert retrieval.rank(embeddings, chunk_bytes=chunk_bytes) == expected
 
 
 def test_scaling_an_embedding_changes_no_rank():
@@ -333,21 +347,31 @@ def test_a_memory_bound_below_one_byte_is_an_error():
 def test_one_block_of_a_large_corpus_stays_within_its_memory_bound():
     queries, gallery, positives, weights, width = 2_000, 20_000, 40, 13, 8
     bound = 16 * 2**20  # The whole similarity matrix is ten times that.
-    rows = retrieval.block_rows(
-        queries, gallery, positives, weights=weights, width=2 * width, chunk_bytes=bound
+    tally = retrieval._Tally(
+        np.arange(queries) % (gallery // positives),
+        np.arange(gallery) // positives,
+        weights=weights,
     )
-    assert 1 < rows < queries
+    shape = retrieval.Blocks.fit(tally, weights=weights, width=2 * width, chunk_bytes=bound)
+    assert 1 < shape.queries < queries and tally.most == positives
 
     def floats(*shape):
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    counters = shape.queries, weights, positives
     used = (
-        retrieval.fused_ranks.lower(
-            (floats(rows, width), floats(rows, width)),
-            (floats(gallery, width), floats(gallery, width)),
+        jax.jit(retrieval.count_ahead)
+        .lower(
+            (floats(shape.queries, width), floats(shape.queries, width)),
+            (floats(shape.gallery, width), floats(shape.gallery, width)),
             floats(weights, 2),
-            jax.ShapeDtypeStruct((rows, positives), jnp.int32),
-            jax.ShapeDtypeStruct((), jnp.int32),
+            integers(shape.queries, positives),
+            floats(*counters),
+            integers(*counters),
+            integers(3),
         )
         .compile()
         .memory_analysis()
@@ -356,21 +380,70 @@ def test_one_block_of_a_large_corpus_stays_within_its_memory_bound():
 
 
 def test_a_bound_smaller_than_one_query_means_one_query_at_a_time():
-    assert retrieval.block_rows(10, 10**6, 10, weights=13, width=64, chunk_bytes=1) == 1
+    tally = retrieval._Tally(np.arange(10), np.arange(1000) // 10, weights=13)
+    shape = retrieval.Blocks.fit(tally, weights=13, width=64, chunk_bytes=1)
+    assert shape == (1, 1)
+
+
+def recorded_blocks(monkeypatch) -> list[Any]:
+    """What `count_ahead` is called with from now on, in NumPy."""
+    calls, counting = [], retrieval._counting
+
+    def recording(rows):
+        def count(*args):
+            calls.append(jax.tree.map(np.asarray, args))
+            return counting(rows)(*args)
+
+        return count
+
+    monkeypatch.setattr(retrieval, "_counting", recording)
+    return calls
 
 
 def test_uneven_blocks_and_positives_share_one_shape_per_direction(monkeypatch):
-    embeddings = _embeddings(6)
-    shapes, fused_ranks = [], retrieval.fused_ranks
+    calls = recorded_blocks(monkeypatch)
+    retrieval.rank(_embeddings(6), chunk_bytes=30_000)
+    assert len(calls) > 4
+    assert len({str(jax.tree.map(jnp.shape, call)) for call in calls}) == 2
 
-    def recorded(*args):
-        shapes.append(jax.tree.map(jnp.shape, args))
-        return fused_ranks(*args)
 
-    monkeypatch.setattr(retrieval, "fused_ranks", recorded)
-    retrieval.rank(embeddings, chunk_bytes=30_000)
-    assert len(shapes) > 4
-    assert len(set(map(str, shapes))) == 2
+def test_a_gallery_in_blocks_is_computed_twice_only_where_the_positives_are(monkeypatch):
+    embeddings = _embeddings(6, texts=64, images=48)
+    order = np.argsort(embeddings.image_ids, kind="stable")
+    embeddings = embeddings._replace(
+        image_global=embeddings.image_global[order],
+        image_local=embeddings.image_local[order],
+        image_ids=embeddings.image_ids[order],
+    )
+    expected = retrieval.rank(embeddings, directions=("t2i",))
+    calls = recorded_blocks(monkeypatch)
+    assert retrieval.rank(embeddings, directions=("t2i",), chunk_bytes=1500) == expected
+    queries, gallery = (len(calls[0][i][0]) for i in (0, 1))
+    whole = -(-64 // queries) * -(-48 // gallery)
+    assert gallery <= 12 and whole >= 16
+    for_scores = [call for call in calls if call[6][2] == 0]
+    assert len(calls) - len(for_scores) == whole
+    # Each query has positives in two blocks of the gallery at most.
+    assert len(for_scores) < whole / 2
+
+
+def test_embeddings_may_lie_in_files(tmp_path):
+    embeddings = _embeddings(2)
+    for name, array in embeddings._asdict().items():
+        np.save(tmp_path / f"{name}.npy", array)
+    mapped = retrieval.Embeddings(
+        *(np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in embeddings._fields)
+    )
+    assert retrieval.rank(mapped, chunk_bytes=2000) == retrieval.rank(embeddings)
+
+
+def test_one_direction_alone_is_a_part_of_both():
+    both = retrieval.rank(_embeddings(2))
+    for direction in ("t2i", "i2t"):
+        rows = retrieval.rank(_embeddings(2), directions=(direction,))
+        assert rows == [row for row in both if row.direction == direction]
+    with pytest.raises(ValueError, match=r"directions must be some of .*, got \['both'\]"):
+        retrieval.rank(_embeddings(2), directions=("both",))
 
 
 def test_every_transfer_is_explicit():
