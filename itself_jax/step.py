@@ -462,17 +462,17 @@ def compile_step(
     )
     with jax.set_mesh(mesh):
         lowered = step.lower(template, batch_template(training.config, mesh))
-        return lowered.compile(compiler_options=_compiler_options(template.params, mesh))
+        platform = mesh.devices.flat[0].platform
+        return lowered.compile(compiler_options=_compiler_options(template.params, platform))
 
 
-def _compiler_options(params: Any, mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
+def _compiler_options(params: Any, platform: str) -> dict[str, Any] | None:
     """What the compiler does not find out by itself.
 
     A CPU's runs operations side by side, at the cost of memory. That makes the steps of small
     models faster; each operation of a large one keeps all cores busy alone.
     """
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    if is_cpu and sum(x.size for x in jax.tree.leaves(params)) >= _LARGE:
+    if platform == "cpu" and sum(x.size for x in jax.tree.leaves(params)) >= _LARGE:
         return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
     return None
 

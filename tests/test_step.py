@@ -468,3 +468,22 @@ def test_cudnns_attention_is_chosen_where_it_works(monkeypatch, capability, dtyp
 def test_cudnns_attention_in_float32_is_refused():
     with pytest.raises(config_lib.ConfigError, match="attention=cudnn computes in bfloat16, but"):
         step.attention_kernel("cudnn", jnp.dtype("float32"))
+
+
+@pytest.mark.parametrize(
+    "platform, parameters, memory_first",
+    [("cpu", 60_000_000, True), ("cpu", 5_000_000, False), ("tpu", 60_000_000, False)],
+)
+def test_large_steps_on_a_cpu_are_scheduled_for_memory(platform, parameters, memory_first):
+    params = {"kernel": jax.ShapeDtypeStruct((parameters // 2, 2), jnp.float32)}
+    assert step._compiler_options(params, platform) == (
+        {"xla_cpu_enable_concurrency_optimized_scheduler": False} if memory_first else None
+    )
+
+
+def test_every_compiler_knows_the_option_of_large_steps(monkeypatch):
+    """A name that it does not know would be an error."""
+    monkeypatch.setattr(step, "_LARGE", 0)
+    options = step._compiler_options({"x": jnp.zeros(3)}, "cpu")
+    compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile(compiler_options=options)
+    assert compiled(jnp.zeros(3)).tolist() == [1, 1, 1]

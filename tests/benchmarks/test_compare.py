@@ -1,10 +1,12 @@
 """Both sides of a comparison do the same work, in turn."""
 
+import sys
+
 import numpy as np
 import pytest
 import tiny
 
-from itself_jax import comparing, retrieval, workloads
+from itself_jax import command, comparing, retrieval, workloads
 
 torch = pytest.importorskip("torch")
 
@@ -62,3 +64,22 @@ def test_a_ratio_is_of_the_same_weights_and_inputs(part, mode, tmp_path, monkeyp
     assert row["mode"] == mode and row["threads"] == 1
     (line,) = comparing.table([{"changed": {"batch_size": 8}, **row}])[1:]
     assert "batch_size=8" in line and mode in line
+
+
+@pytest.mark.parametrize("by_the_user", [False, True])
+def test_the_twin_has_its_users_memory_settings(tmp_path, monkeypatch, by_the_user):
+    """What our commands set for themselves does not reach the twin; what the user sets does."""
+    for key, value in command.HUGE_PAGES.items():
+        monkeypatch.setenv(key, value)
+    if by_the_user:
+        monkeypatch.delenv("ITSELF_JAX_HUGE_PAGES")
+    program = (
+        "import json, os, sys; sys.stdin.readline();"
+        "print(json.dumps({'found': os.environ.get('GLIBC_TUNABLES')}), flush=True)"
+    )
+    found = {}
+    for name in ("ours", "the twin"):
+        with comparing._Side([sys.executable, "-c", program], name, tmp_path) as side:
+            found[name] = side.ask({})["found"]
+    setting = command.HUGE_PAGES["GLIBC_TUNABLES"]
+    assert found == {"ours": setting, "the twin": setting if by_the_user else None}
