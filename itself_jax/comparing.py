@@ -81,7 +81,8 @@ def compare(
 ) -> dict[str, Any]:
     """Times one part, ours and the twin's in turn: one row of the document.
 
-    The side that begins changes with every repeat. `scratch` is a folder for this configuration: it
+    The side that begins changes with every repeat; before each timed call comes one that does not
+    count. `scratch` is a folder for this configuration: it
     keeps the weights for the next part.
 
     Raises:
@@ -110,6 +111,7 @@ def compare(
         samples: dict[_Side, list[float]] = {ours: [], theirs: []}
         for turn in range(repeats):
             for side in (ours, theirs) if turn % 2 == 0 else (theirs, ours):
+                side.ask({})  # what the other one left of caches and free memory is no part of it
                 answer = side.ask({})
                 samples[side].append(answer["seconds"])
                 side.peak = answer["peak"]

@@ -1,6 +1,7 @@
 """The compiled step: schedules, number types, devices, transfers and the batches that are odd."""
 
 import dataclasses
+import re
 import types
 from typing import NamedTuple
 from unittest import mock
@@ -13,7 +14,7 @@ import pytest
 
 from itself_jax import config as config_lib
 from itself_jax import step
-from itself_jax.models import itself
+from itself_jax.models import itself, saliency
 
 MODEL = config_lib.Model(
     patch_size=8,
@@ -487,3 +488,36 @@ def test_every_compiler_knows_the_option_of_large_steps(monkeypatch):
     options = step._compiler_options({"x": jnp.zeros(3)}, "cpu")
     compiled = jax.jit(lambda x: x + 1).lower(jnp.zeros(3)).compile(compiler_options=options)
     assert compiled(jnp.zeros(3)).tolist() == [1, 1, 1]
+
+
+# --- only what is read ------------------------------------------------------------------------
+
+
+def costly(text: str, n: int) -> list[str]:
+    """Of StableHLO: sorts of a whole map of n² entries, and products of two n x n maps."""
+    found = []
+    for line in text.splitlines():
+        shapes = [tuple(map(int, x.split("x"))) for x in re.findall(r"tensor<([\dx]+)x[a-z]", line)]
+        if re.search(r"@\w*sort|stablehlo\.sort|chlo\.top_k", line):
+            found += [line for shape in shapes if max(shape) >= n * n]
+        if "stablehlo.dot_general" in line:
+            found += [line] if [x[-2:] for x in shapes[:2]] == [(n, n), (n, n)] else []
+    return found
+
+
+def test_a_step_neither_sorts_a_whole_map_nor_multiplies_two(training, start):
+    """N² entries would be 37,249 at full size, and N³ 7 M for each picture (method section 3)."""
+    text = jax.jit(training.step).lower(start, batch()).as_text()
+    assert "chlo.top_k" in text or "stablehlo.sort" in text
+    assert "stablehlo.dot_general" in text
+    for n in (9, 12):  # tokens of a picture and of a caption
+        assert costly(text, n) == []
+
+
+def test_the_search_for_costly_operations_finds_them():
+    maps = {layer: jnp.full((2, 9, 9), 1 / 9) for layer in (0, 1)}
+    whole = jax.jit(lambda maps: saliency.rollout(maps, (0, 1), 0.25)).lower(maps).as_text()
+    assert costly(whole, 9)
+    flat = maps[0].reshape(2, 81)
+    assert costly(jax.jit(lambda x: jnp.sort(x, axis=1)).lower(flat).as_text(), 9)
+    assert costly(jax.jit(lambda x: jax.lax.top_k(x, 5)).lower(flat).as_text(), 9)
