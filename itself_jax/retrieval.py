@@ -95,7 +95,9 @@ def rank(
         directions: "t2i" (a text ranks the images), "i2t", or both.
         chunk_bytes: a device's working memory for one block of queries against one block of the
             gallery; normalised embeddings of many such blocks take up to twelve times as much.
-            At least one query is worked on. The embeddings themselves come on top.
+            At least one query is worked on. The embeddings themselves come on top. Products of
+            other blocks may round otherwise: similarities that differ in the last bit may then
+            change places.
         mesh: devices that share the queries of a block; each has the whole block of the gallery,
             and ranks are the same whatever their number. None: one device.
 

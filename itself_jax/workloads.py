@@ -275,11 +275,11 @@ def random_captions(
 def random_embeddings(config: config_lib.Config, settings: Settings) -> retrieval.Embeddings:
     """Of widths `model.embed_dim` and `local.dim`; three pictures of an identity.
 
-    Every identity of a caption has a picture, as in the benchmarks.
+    Every caption has a picture, as in the benchmarks, and every picture one, if there are enough.
     """
     random, q, g = np.random.default_rng(0), settings.queries, settings.gallery
     image_ids = np.arange(g) // 3
-    text_ids = image_ids[random.integers(0, g, q)]
+    text_ids = random.permutation(np.arange(q) % (image_ids[-1] + 1))
 
     def of_width(rows: int, width: int) -> np.ndarray:
         return random.standard_normal((rows, width), np.float32)
