@@ -473,7 +473,7 @@ def _compiler_options(params: Any, platform: str) -> dict[str, Any] | None:
     models faster; each operation of a large one keeps all cores busy alone.
     """
     if platform == "cpu" and sum(x.size for x in jax.tree.leaves(params)) >= _LARGE:
-        return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     return None
 
 
