@@ -363,7 +363,12 @@ def _rank_side(queries: _Side, gallery: _Side, weights, chunk_bytes, mesh) -> li
     size = len(gallery.ids)
     starts = range(0, size, shape.gallery)
     blocks = tally.blocks(shape)
-    together = max(1, _QUERY_CHUNKS * chunk_bytes * shares // (4 * width * shape.queries))
+    # Many blocks of queries share a reading of the gallery, unless it can stay.
+    together, only = 2, None
+    if len(starts) == 1:
+        only = _placed(gallery, slice(0, size), shape.gallery, whole)
+    else:
+        together = max(1, _QUERY_CHUNKS * chunk_bytes * shares // (4 * width * shape.queries))
     for begin in range(0, len(blocks), together):
         group = [prepared(chosen) for chosen in blocks[begin : begin + together]]
         # A positive's score must be known before the first block is counted: where the gallery is
@@ -375,7 +380,7 @@ def _rank_side(queries: _Side, gallery: _Side, weights, chunk_bytes, mesh) -> li
                 wanted = [x for x in group if counts or x.has_positives(*bounds)]
                 if not wanted:
                     continue
-                part = _placed(gallery, slice(*bounds), shape.gallery, whole)
+                part = only or _placed(gallery, slice(*bounds), shape.gallery, whole)
                 for x in wanted:
                     limited = np.array([*bounds, x.limit if counts else 0], np.int32)
                     x.scores, x.ahead = count(
