@@ -70,8 +70,6 @@ class Machine:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # A shell cannot catch what it was started to ignore, as in tests run by `… &`.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
