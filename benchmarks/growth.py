@@ -1,8 +1,8 @@
-"""Draws docs/growth.png from documents of `python -m itself_jax.bench … --sweep=… --json=FILE`.
+"""Draws a chart from documents of `python -m itself_jax.bench … --sweep=… --json=FILE`.
 
-    python benchmarks/growth.py docs/growth.png batch.json gallery.json …
+    python benchmarks/growth.py growth.png batch.json gallery.json …
 
-Needs matplotlib. One panel for each swept key and job: time against value, both on logarithmic
+Needs matplotlib; takes sweeps over numbers, not those of `compare`. One panel for each swept key and job: time against value, both on logarithmic
 scales, with the measured range, a line of slope 1 through the first point, and the fitted exponent.
 """
 
@@ -23,9 +23,13 @@ def main(target: str, *documents: str) -> None:
         document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         for row in document["rows"]:
             for key, value in row["changed"].items():
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    continue
                 panels.setdefault((row["name"], key), []).append((value, row))
         for found in document["growth"]:
             exponents[found["name"], found["key"]] = found["exponent"]
+    if not panels:
+        sys.exit("growth.py: no sweep over numbers in " + (", ".join(documents) or "no document"))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
@@ -53,4 +57,6 @@ def main(target: str, *documents: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("growth.py: expected TARGET.png and documents of bench: see its first lines")
     main(*sys.argv[1:])

@@ -30,11 +30,21 @@ def with_huge_pages() -> None:
     pages. Whoever has set GLIBC_TUNABLES keeps it. Call it before anything is imported that takes
     time.
     """
+    if HUGE_PAGES.keys() & os.environ.keys() or not sys.executable:  # once, whatever becomes of it
+        return
     with contextlib.suppress(OSError):
-        on_request = "[madvise]" in pathlib.Path(_HUGE_PAGES).read_text(encoding="ascii")
-        if on_request and "GLIBC_TUNABLES" not in os.environ and sys.executable:
-            os.environ |= HUGE_PAGES
-            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        if "[madvise]" in pathlib.Path(_HUGE_PAGES).read_text(encoding="ascii"):
+            again = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(sys.executable, again, {**os.environ, **HUGE_PAGES})
+
+
+def users_environment() -> dict[str, str]:
+    """The environment without what `with_huge_pages` added: for programs that are not ours."""
+    environment = dict(os.environ)
+    if HUGE_PAGES.items() <= environment.items():
+        for name in HUGE_PAGES:
+            del environment[name]
+    return environment
 
 
 def say(line: str) -> None:

@@ -82,8 +82,7 @@ def compare(
     """Times one part, ours and the twin's in turn: one row of the document.
 
     The side that begins changes with every repeat; before each timed call comes one that does not
-    count. `scratch` is a folder for this configuration: it
-    keeps the weights for the next part.
+    count. `scratch` is a folder for this configuration: it keeps the weights for the next part.
 
     Raises:
       ConfigError: settings that the twin does not have.
@@ -182,11 +181,7 @@ class _Side:
         self._name, self._log = name, scratch / f"{name.replace(' ', '-')}.log"
         package = str(pathlib.Path(__file__).resolve().parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = dict(os.environ)
-        if name != _OURS and command_lib.HUGE_PAGES.items() <= environment.items():
-            # What our commands do for themselves; the twin has what its user has.
-            for key in command_lib.HUGE_PAGES:
-                del environment[key]
+        environment = dict(os.environ) if name == _OURS else command_lib.users_environment()
         self._errors = self._log.open("w", encoding="utf-8")
         self._process = subprocess.Popen(
             command,

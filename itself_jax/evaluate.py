@@ -85,12 +85,12 @@ def _encode(
         parts = jax.device_get((output.global_, output.local))
         if not arrays:
             arrays = [x if x is None else np.empty((rows, x.shape[1]), np.float32) for x in parts]
-        if indices.max() >= rows:
+        if not 0 <= indices.min() <= indices.max() < rows:
             raise ValueError(f"expected {rows} {what}, but the batches hold more")
         for array, part in zip(arrays, parts, strict=True):
             if array is not None:
                 array[indices] = part[: len(indices)]
-        times[indices] += 1
+        np.add.at(times, indices, 1)
 
     pending = None
     for batch, indices in batches:

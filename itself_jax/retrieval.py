@@ -33,7 +33,8 @@ DIRECTIONS = ("t2i", "i2t")
 
 _UNRANKED = np.iinfo(np.int32).max
 _CHECKED_ROWS = 4096  # at a time
-# Normalised embeddings that stay on a device, in chunks: many queries share a block of the gallery.
+# Normalised embeddings, and counts, that stay on a device, in chunks: many queries share a block of
+# the gallery.
 _QUERY_CHUNKS, _GALLERY_CHUNKS = 8, 4
 
 
@@ -94,10 +95,10 @@ def rank(
             adds a row; 0, 1 and repeated weights add none.
         directions: "t2i" (a text ranks the images), "i2t", or both.
         chunk_bytes: a device's working memory for one block of queries against one block of the
-            gallery; normalised embeddings of many such blocks take up to twelve times as much.
-            At least one query is worked on. The embeddings themselves come on top. Products of
-            other blocks may round otherwise: similarities that differ in the last bit may then
-            change places.
+            gallery; normalised embeddings and counts of many such blocks take up to twelve times
+            as much. At least one query is worked on by each device. The embeddings themselves come
+            on top. Products of other blocks may round otherwise: similarities that differ in the
+            last bit may then change places.
         mesh: devices that share the queries of a block; each has the whole block of the gallery,
             and ranks are the same whatever their number. None: one device.
 
@@ -201,9 +202,9 @@ class Blocks(NamedTuple):
         similarities = 4 * 4 * gallery
         features = 3 * 4 * width
         ranks = 4 * (4 * weights + 2) * tally.most + 3 * 8 * tally.most
-        queries = shares * chunk_bytes // (similarities + features + ranks)
-        queries = _equal_parts(len(tally.ranked), queries)
-        return cls(-(-queries // shares) * shares, gallery)
+        each = max(1, chunk_bytes // (similarities + features + ranks))
+        queries = _equal_parts(-(-len(tally.ranked) // shares), each)
+        return cls(queries * shares, gallery)
 
 
 def _equal_parts(total: int, most: int) -> int:
@@ -319,14 +320,20 @@ class _Side(NamedTuple):
 
 @dataclasses.dataclass
 class _Block:
-    """A block of queries on the device, and what was counted for it."""
+    """A block of queries on the device, and what was counted for it.
+
+    Attributes:
+        chosen: places of the queries. positives: of theirs in the gallery, padded; placed: the
+            same on the device. limit: the most positives of any of these queries.
+        features, scores, ahead: as `count_ahead` takes them.
+    """
 
     chosen: np.ndarray
-    positives: np.ndarray  # padded
+    positives: np.ndarray
     features: Any
     scores: Any
     ahead: Any
-    placed: Any  # the positives
+    placed: Any
     limit: np.ndarray
 
     def has_positives(self, start: int, stop: int) -> bool:
@@ -368,7 +375,8 @@ def _rank_side(queries: _Side, gallery: _Side, weights, chunk_bytes, mesh) -> li
     if len(starts) == 1:
         only = _placed(gallery, slice(0, size), shape.gallery, whole)
     else:
-        together = max(1, _QUERY_CHUNKS * chunk_bytes * shares // (4 * width * shape.queries))
+        per_query = 4 * (width + (2 * len(weights) + 1) * tally.most)
+        together = max(1, _QUERY_CHUNKS * chunk_bytes * shares // (per_query * shape.queries))
     for begin in range(0, len(blocks), together):
         group = [prepared(chosen) for chosen in blocks[begin : begin + together]]
         # A positive's score must be known before the first block is counted: where the gallery is

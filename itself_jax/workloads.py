@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from itself_jax import aot, files, fitting, retrieval, sharding, step, timing
+from itself_jax import aot, command, files, fitting, retrieval, sharding, step, timing
 from itself_jax import config as config_lib
 from itself_jax.data import batch as batch_lib
 from itself_jax.models import itself
@@ -451,9 +451,12 @@ def ranking(
         call,
         dtype="float32",
         devices=mesh.size,
-        # The compiler counts one block. Only the similarities of each direction multiply.
-        flops=2.0 * len(directions) * settings.queries * settings.gallery * width,
-        counted="similarity products",
+        # The compiler counts one block. Only the similarities of each direction multiply. A call
+        # that makes its pictures, for each reading anew, does much else.
+        flops=None
+        if settings.streamed
+        else 2.0 * len(directions) * settings.queries * settings.gallery * width,
+        counted=None if settings.streamed else "similarity products",
     )
 
 
@@ -616,11 +619,12 @@ def starting(config: config_lib.Config, scratch: pathlib.Path) -> list[Maker]:
 
 def _first_step(config: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path) -> int | None:
     """Runs the command until a step's metrics are written; returns its peak resident bytes."""
-    command = [sys.executable, "-m", "itself_jax.main", f"--config={config}"]
+    program = [sys.executable, "-m", "itself_jax.main", f"--config={config}"]
     said, metrics = config.with_suffix(".log"), workdir / "metrics.jsonl"
     with said.open("wb") as output:
         process = subprocess.Popen(
-            [*command, f"--workdir={workdir}", f"--compile_cache={cache}"],
+            [*program, f"--workdir={workdir}", f"--compile_cache={cache}"],
+            env=command.users_environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # its workers end with it

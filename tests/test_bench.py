@@ -163,7 +163,7 @@ def test_pictures_made_when_they_are_read_rank_like_those_in_memory(tmp_path):
     assert len(np.unique(whole.image_global[:, 0])) > 8900  # no block repeats another
     rows = workloads.ranking(config, settings).call()
     assert {row.direction for row in rows} == {"t2i"} and len(rows) == 13
-    assert rows == retrieval.rank(whole, directions=("t2i",))
+    assert rows == retrieval.rank(whole, directions=("t2i",), chunk_bytes=1 << 20)
 
 
 def test_captions_are_as_long_as_those_of_pedestrians():

@@ -7,6 +7,8 @@ import sys
 import pytest
 import tiny
 
+from itself_jax import command
+
 _PROGRAM = """
 import os, sys
 from itself_jax import command
@@ -21,12 +23,13 @@ _ON_REQUEST = "always [madvise] never\n"
 @pytest.mark.parametrize(
     "pages, given, expected, starts",
     (
-        (_ON_REQUEST, None, "glibc.malloc.hugetlb=1", 2),
-        (_ON_REQUEST, "", "", 1),
-        (_ON_REQUEST, "glibc.malloc.tcache_count=1", "glibc.malloc.tcache_count=1", 1),
-        ("[always] madvise never\n", None, "None", 1),  # as it is
-        ("always madvise [never]\n", None, "None", 1),
-        (None, None, "None", 1),  # no Linux, or one without them
+        (_ON_REQUEST, {}, "glibc.malloc.hugetlb=1", 2),
+        (_ON_REQUEST, {"GLIBC_TUNABLES": ""}, "", 1),
+        (_ON_REQUEST, {"GLIBC_TUNABLES": "glibc.malloc.check=0"}, "glibc.malloc.check=0", 1),
+        (_ON_REQUEST, {"ITSELF_JAX_HUGE_PAGES": "1"}, "None", 1),  # something took the other away
+        ("[always] madvise never\n", {}, "None", 1),  # as it is
+        ("always madvise [never]\n", {}, "None", 1),
+        (None, {}, "None", 1),  # no Linux, or one without them
     ),
 )
 def test_huge_pages_are_asked_for_by_starting_once_more_as_the_same_process(
@@ -35,8 +38,8 @@ def test_huge_pages_are_asked_for_by_starting_once_more_as_the_same_process(
     file = tmp_path / "enabled"
     if pages is not None:
         file.write_text(pages)
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    environment |= {"PAGES": str(file)} | ({} if given is None else {"GLIBC_TUNABLES": given})
+    environment = {k: v for k, v in os.environ.items() if k not in command.HUGE_PAGES}
+    environment |= {"PAGES": str(file)} | given
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, "--a=b c", "", "*"],
         cwd=tiny.ROOT,

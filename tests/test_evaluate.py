@@ -167,6 +167,12 @@ def test_batches_may_come_in_any_order_but_hold_a_row_once():
     np.testing.assert_array_equal(turned.text_global, CAPTIONS[:, :3])
     with pytest.raises(ValueError, match=r"7 captions of synthetic test .* lack 3 and repeat 3"):
         evaluate.encode_corpus(encode, encode, images, [parts[0], *parts[::2]], split=SPLIT)
+    twice = [(parts[0][0], np.array([0, 0, 1])), (parts[1][0], np.arange(2, 5)), parts[2]]
+    with pytest.raises(ValueError, match=r"7 captions of .* lack 1 and repeat 1"):
+        evaluate.encode_corpus(encode, encode, images, twice, split=SPLIT)
+    with pytest.raises(ValueError, match="7 captions of .* hold more"):
+        before = [(parts[0][0], np.array([-1, 0, 1])), *parts[1:]]
+        evaluate.encode_corpus(encode, encode, images, before, split=SPLIT)
 
 
 # --- results -------------------------------------------------------------------------------------

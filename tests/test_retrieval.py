@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from itself_jax import retrieval
+from itself_jax import config as config_lib
+from itself_jax import retrieval, sharding
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -425,6 +426,41 @@ def test_a_gallery_in_blocks_is_computed_twice_only_where_the_positives_are(monk
     assert len(calls) - len(for_scores) == whole
     # Each query has positives in two blocks of the gallery at most.
     assert len(for_scores) < whole / 2
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1500, 5000])
+def test_a_gallery_in_blocks_ranks_the_same_on_a_mesh(chunk_bytes):
+    config = config_lib.Config(mesh=config_lib.Mesh(data=4, model=2))
+    mesh = sharding.make_mesh(config)
+    embeddings = _embeddings(6)
+    with jax.transfer_guard("disallow"):
+        rows = retrieval.rank(embeddings, chunk_bytes=chunk_bytes, mesh=mesh)
+    assert rows == retrieval.rank(embeddings)
+
+
+@pytest.mark.parametrize("positives", [2, 200])
+def test_queries_that_share_a_reading_of_the_gallery_are_few_enough(monkeypatch, positives):
+    """Their embeddings and counts, of 13 weights, stay within eight chunks."""
+    chunk, width = 20_000, 16 + 24
+    embeddings = _embeddings(0, texts=400, images=400, identities=400 // positives)
+    together = []
+    placed = retrieval._placed
+
+    def counted(side, chosen, rows, where):
+        if not isinstance(chosen, slice):
+            together[-1] += rows
+        elif chosen.start == 0:  # the gallery is read from its start once or twice a group
+            together.append(0)
+        return placed(side, chosen, rows, where)
+
+    together.append(0)
+    monkeypatch.setattr(retrieval, "_placed", counted)
+    retrieval.rank(embeddings, directions=("t2i",), chunk_bytes=chunk)
+    most = int(np.bincount(embeddings.image_ids).max())
+    queries = max(together)
+    assert 0 < queries < 400 and len([x for x in together if x]) > 1
+    per_query = 4 * (width + 27 * most)
+    assert queries * per_query <= max(8 * chunk, per_query * 2)
 
 
 def test_embeddings_may_lie_in_files(tmp_path):

@@ -26,8 +26,8 @@ class Group(NamedTuple):
 def group_captions(ids: np.ndarray, lengths: Sequence[int], batch_size: int) -> list[Group]:
     """Spreads captions over the lengths that they may be cut to.
 
-    Each caption goes where it fits and costs least; but no length other than the last one in use
-    gets a batch that is not full, so that as many batches are made as of a single length.
+    Each caption goes to the least length that holds it; but no length other than the last one in
+    use gets a batch that is not full, so that as many batches are made as of a single length.
 
     Args:
       ids: (n, t) token ids; the largest of a row is its EOT, behind which come pads alone.
@@ -36,7 +36,12 @@ def group_captions(ids: np.ndarray, lengths: Sequence[int], batch_size: int) -> 
 
     Returns:
       The groups that are not empty.
+
+    Raises:
+      ValueError: the last length is not t, so that a caption might fit none.
     """
+    if lengths[-1] != ids.shape[1]:
+        raise ValueError(f"lengths={tuple(lengths)} must end with that of the ids, {ids.shape[1]}")
     needed = ids.argmax(axis=1) + 1
     shortest = np.searchsorted(lengths, needed)  # the first length that holds the caption
     groups, waiting = [], np.zeros(0, np.int64)
