@@ -2,8 +2,8 @@
 
     python benchmarks/growth.py growth.png batch.json gallery.json …
 
-Needs matplotlib; takes sweeps over numbers, not those of `compare`. One panel for each swept key and
-job: time against value, both on logarithmic scales, with the measured range, a line of slope 1
+Needs matplotlib; takes sweeps over numbers, not those of `compare`. One panel for each swept key
+and job: time against value, both on logarithmic scales, with the measured range, a line of slope 1
 through the first point, and the fitted exponent.
 """
 
