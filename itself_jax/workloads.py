@@ -145,23 +145,23 @@ def row_of(
 
 
 def makers(
-    command: str, config: config_lib.Config, settings: Settings, scratch: pathlib.Path
+    name: str, config: config_lib.Config, settings: Settings, scratch: pathlib.Path
 ) -> list[Maker]:
     """What makes the jobs of a command, one after another: each holds a model in memory."""
-    if command == "train":
+    if name == "train":
         return [lambda: training(config, settings)]
-    if command == "encode":
+    if name == "encode":
         return [
             lambda: encoder(config, settings, "images"),
             lambda: encoder(config, settings, "captions"),
         ]
-    if command == "eval":
+    if name == "eval":
         return [lambda: ranking(config, settings)]
-    if command == "data":
+    if name == "data":
         return reading(config)
-    if command == "startup":
+    if name == "startup":
         return starting(config, scratch)
-    raise ValueError(f"no jobs for {command!r}")
+    raise ValueError(f"no jobs for {name!r}")
 
 
 def require_data_libraries() -> None:
@@ -644,7 +644,7 @@ def _first_step(config: pathlib.Path, workdir: pathlib.Path, cache: pathlib.Path
     if not _has_line(metrics):
         lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise WorkloadError(
-            f"`{' '.join(command[1:3])}` made no step (exit code {code}): "
+            f"`{' '.join(program[1:3])}` made no step (exit code {code}): "
             f"{lines[-1] if lines else 'it said nothing'}"
         )
     return peak
