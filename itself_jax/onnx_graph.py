@@ -164,7 +164,7 @@ class _Graph:
         name = equation.primitive.name
         if name == "jit" and equation.params["name"] == saliency.lowest.__name__:
             return [_lowest(self, equation, *values)]
-        if inner is not None and name in ("jit", "custom_jvp_call", "custom_vjp_call"):
+        if inner is not None and name in ("jit", "custom_jvp_call", "custom_vjp_call", "remat2"):
             consts = [_known(x) for x in getattr(inner, "consts", ())]
             return self.run(getattr(inner, "jaxpr", inner), consts, values)
         if _is_constant(equation, values):
