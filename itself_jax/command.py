@@ -18,7 +18,7 @@ from itself_jax import config as config_lib
 FAILED, REJECTED, INTERRUPTED = 1, 2, 75  # 0: done
 # The second name says that the first one is ours.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "ITSELF_JAX_HUGE_PAGES": "1"}
-_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+_KERNEL_SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
 def with_huge_pages() -> None:
@@ -33,7 +33,7 @@ def with_huge_pages() -> None:
     if HUGE_PAGES.keys() & os.environ.keys() or not sys.executable:  # once, whatever becomes of it
         return
     with contextlib.suppress(OSError):
-        if "[madvise]" in pathlib.Path(_HUGE_PAGES).read_text(encoding="ascii"):
+        if "[madvise]" in pathlib.Path(_KERNEL_SETTING).read_text(encoding="ascii"):
             again = [sys.executable, *sys.orig_argv[1:]]
             os.execve(sys.executable, again, {**os.environ, **HUGE_PAGES})
 

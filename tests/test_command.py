@@ -12,7 +12,7 @@ from itself_jax import command
 _PROGRAM = """
 import os, sys
 from itself_jax import command
-command._HUGE_PAGES = os.environ["PAGES"]
+command._KERNEL_SETTING = os.environ["PAGES"]
 print(os.getpid(), flush=True)
 command.with_huge_pages()
 print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:], sep="|")
