@@ -7,6 +7,7 @@ benchmarks run the very same step.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -339,6 +340,16 @@ class Training:
         """Token ids → embeddings as evaluation uses them."""
         return self.model.apply(self._gathered(variables), ids, method="encode_text").embedding
 
+    def attend(self, variables: Any, batch: Any, *, side: str) -> itself.Attended:
+        """Pictures (`side="image"`) or token ids ("text") → what the tower looks at.
+
+        The first axis is that of `itself.attention_sources`.
+        """
+        sources = itself.attention_sources(self.config.model, self.config.local).values()
+        chosen = tuple(pair[0 if side == "image" else 1] for pair in sources)
+        batch = prepare_images(batch) if side == "image" else batch
+        return self.model.apply(self._gathered(variables), batch, chosen, method=f"attend_{side}")
+
     def _gathered(self, variables: Any) -> Any:
         params = sharding.in_use(variables["params"], self.config.sharding)
         return {**variables, "params": params}
@@ -511,6 +522,24 @@ def compile_text_encoder(
     """
     shape = (length or training.config.model.text_length,)
     return _compile_encoder(training, training.encode_captions, variables, mesh, shape, np.int32)
+
+
+def compile_attention(
+    training: Training, variables: Any, mesh: jax.sharding.Mesh
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """As `compile_encoders`, but to what each tower looks at (`itself.Attended`).
+
+    Captions have `text_length` here. Classifiers and the local branch may be absent.
+    """
+    model = training.config.model
+    programs = []
+    for side, shape, dtype in (
+        ("image", (*model.image_size, 3), np.uint8),
+        ("text", (model.text_length,), np.int32),
+    ):
+        attend = functools.partial(training.attend, side=side)
+        programs.append(_compile_encoder(training, attend, variables, mesh, shape, dtype))
+    return programs[0], programs[1]
 
 
 def _compile_encoder(

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -77,6 +78,20 @@ class Split:
     @property
     def num_identities(self) -> int:
         return len(self.original_ids)
+
+    def pairs(self, captions: Sequence[int] | np.ndarray) -> Split:
+        """Returns the split of these captions, each with its own picture."""
+        captions = np.asarray(captions, np.intp)
+        pictures = self.caption_images[captions]
+        return dataclasses.replace(
+            self,
+            images=self.images.subset(pictures.tolist()),
+            image_paths=tuple(self.image_paths[index] for index in pictures),
+            image_ids=self.image_ids[pictures],
+            captions=tuple(self.captions[index] for index in captions),
+            caption_ids=self.caption_ids[captions],
+            caption_images=np.arange(len(captions), dtype=np.int32),
+        )
 
     def single_caption(self) -> Split:
         """Returns the split with only the first caption of every picture."""

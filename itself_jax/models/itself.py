@@ -1,10 +1,11 @@
 """ITSELF: CLIP's dual encoder, the local branch on top of it, and the identity classifiers."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from itself_jax import config as config_lib
 from itself_jax.models import clip, grab, saliency, transformer
@@ -30,6 +31,19 @@ class Selected(NamedTuple):
     global_: Float[Array, "b e"]
     rows: Float[Array, "b k e"] | None
     bank: saliency.Bank | None
+
+
+class Attended(NamedTuple):
+    """What one tower looks at, as each of several saliency sources has it (`s` sources).
+
+    The banks are those of inference: `BankLimits` of `local.ratio`, whether the local branch is
+    enabled or not. `entropy` is that of the pooled token's row of attention, in nats.
+    """
+
+    saliency: Float[Array, "s b n"]
+    indices: Int[Array, "s b k"]
+    valid: Bool[Array, "s b k"]
+    entropy: Float[Array, "b l"]
 
 
 class BankLimits(NamedTuple):
@@ -169,6 +183,25 @@ class ITSELF(nn.Module):
             bank = saliency.text_bank(scores, ids, out.pool_index, k, k_max=k_max)
         return _select(out, bank)
 
+    def attend_image(
+        self, images: Float[Array, "b y x 3"], sources: tuple[saliency.Source, ...]
+    ) -> Attended:
+        """Normalised pictures → what the image encoder looks at, by each of `sources`."""
+        out = self.image_encoder(images, map_layers=tuple(range(self.model.vision_depth)))
+        k = bank_limits(self.model, self.local, False).image
+        return _attended(out, sources, lambda x: saliency.image_bank(x, k, k_max=k), causal=False)
+
+    def attend_text(self, ids: Int[Array, "b t"], sources: tuple[saliency.Source, ...]) -> Attended:
+        """Token ids → what the text encoder looks at, by each of `sources`."""
+        out = self.text_encoder(ids, map_layers=tuple(range(self.model.text_depth)))
+        k = bank_limits(self.model, self.local, False).text
+        return _attended(
+            out,
+            sources,
+            lambda x: saliency.text_bank(x, ids, out.pool_index, k, k_max=k),
+            causal=True,
+        )
+
     def _embed(self, selected: Selected, side: str, *, train: bool) -> Encoded:
         local = None
         if selected.bank is not None:
@@ -205,6 +238,49 @@ class ITSELF(nn.Module):
 def _select(out: clip.TowerOutput, bank: saliency.Bank | None) -> Selected:
     rows = None if bank is None else saliency.take(out.tokens, bank.indices)
     return Selected(out.pooled, rows, bank)
+
+
+def _attended(
+    out: clip.TowerOutput,
+    sources: tuple[saliency.Source, ...],
+    select: Callable[[Float[Array, "b n"]], saliency.Bank],
+    *,
+    causal: bool,
+) -> Attended:
+    found = [
+        saliency.saliency(out.attention, source, out.pool_index, causal=causal)
+        for source in sources
+    ]
+    banks = [select(x) for x in found]
+    maps = jnp.stack([out.attention[layer] for layer in sorted(out.attention)])
+    rows = jnp.take_along_axis(maps, out.pool_index[None, :, None, None], axis=2)[:, :, 0]
+    return Attended(
+        jnp.stack(found),
+        jnp.stack([bank.indices for bank in banks]),
+        jnp.stack([bank.valid for bank in banks]),
+        saliency.entropy(rows).T,
+    )
+
+
+def attention_sources(
+    model: config_lib.Model, local: config_lib.Local
+) -> dict[str, tuple[saliency.Source, saliency.Source]]:
+    """The sources that are compared on any model: name → (of images, of texts).
+
+    MARS as `local` sets it, the last layer, each layer that both encoders have, mean and deviation
+    over all layers; and what `local` names.
+    """
+    shared = min(model.vision_depth, model.text_depth)
+    layers = (f"layer:{layer}" for layer in range(shared))
+    names = ("mars", "last", *layers, "mean", "std", local.saliency, local.inference_saliency)
+    settings = {"mars_layers": local.mars_layers, "discard": local.mars_discard}
+    return {
+        name: (
+            saliency.parse_source(name, model.vision_depth, **settings),
+            saliency.parse_source(name, model.text_depth, **settings),
+        )
+        for name in dict.fromkeys(names)
+    }
 
 
 def grab_head(local: config_lib.Local, dtype: jnp.dtype, *, image: bool) -> grab.GRAB:

@@ -178,6 +178,11 @@ def saliency(
     return jax.lax.stop_gradient(result)
 
 
+def entropy(rows: Float[Array, "... n"]) -> Float[Array, "..."]:
+    """Entropy of rows of attention, in nats (paper, Fig. 7): 0 of one token, ln n of all alike."""
+    return -jnp.sum(jax.scipy.special.xlogy(rows, rows), axis=-1)
+
+
 def bank_size(candidates: int, ratio: float) -> int:
     """k at a constant ratio (paper, Eq. 4), e.g. 76 of 192 patches and 30 of 75 words at 0.4."""
     return int(candidates * ratio)
