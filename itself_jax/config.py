@@ -126,6 +126,7 @@ class Eval:
     captions: str = "all"  # each caption is a query; or "single": the first one of each picture
     dump_embeddings: bool = False
     chunk_mb: int = 64  # memory of one block of similarities
+    watch: int = 4  # pairs whose saliency is followed, for the report; 0: no report either
 
 
 @dataclasses.dataclass(frozen=True)

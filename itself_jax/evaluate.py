@@ -146,6 +146,24 @@ def results(
     return summary | dict(extra or {})
 
 
+def chance_rank1(split) -> dict[str, float]:
+    """R@1 in percent of a random order, by direction, over the queries that have a positive."""
+    found = {}
+    for direction, queries, gallery in (
+        ("t2i", split.caption_ids, split.image_ids),
+        ("i2t", split.image_ids, split.caption_ids),
+    ):
+        ids, counts = np.unique(gallery, return_counts=True)
+        positives = np.asarray(
+            [
+                dict(zip(ids.tolist(), counts.tolist(), strict=True)).get(i, 0)
+                for i in np.asarray(queries).tolist()
+            ]
+        )
+        found[direction] = 100 * float(positives[positives > 0].mean()) / len(gallery)
+    return found
+
+
 def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> files.Path:
     """Writes `results/<dataset>-<split>.json`; a reader sees the old file or the new one."""
     path = files.place(workdir) / "results" / f"{results['dataset']}-{results['split']}.json"

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         except OSError as error:  # the file could not be read
             raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
         # Imported late: a signal or a bad flag must not wait for jax.
-        from itself_jax import compile_cache, hosts, train
+        from itself_jax import assessment, compile_cache, hosts, train
 
         _INTERRUPTS.imported()
     except config_lib.ConfigError as error:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
         ours.start(config.distributed)
         if ours.count > 1:
             _INTERRUPTS.follow(ours.stop_asked)
-        run = train.run if _MODE.value == "train" else train.evaluate_only
+        run = train.run if _MODE.value == "train" else assessment.evaluate_only
         run(config, _WORKDIR.value, _INTERRUPTS, ours)
         ours.finish()
     except interrupt.Interrupted:

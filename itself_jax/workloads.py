@@ -512,7 +512,7 @@ def reading(config: config_lib.Config) -> list[Maker]:
     """
     require_data_libraries()
     # Imported late: no other job needs the data libraries.
-    from itself_jax import train
+    from itself_jax import splits
     from itself_jax.data import pipeline, tokenizer
 
     def quiet(line: str) -> None:
@@ -521,23 +521,13 @@ def reading(config: config_lib.Config) -> list[Maker]:
     model = config.model
 
     def batches() -> Job:
-        stream = pipeline.TrainStream(
-            train.read_split(config, config.dataset, "train", quiet),
-            tokenizer.Tokenizer(model.text_length, vocab_size=model.vocab_size),
-            image_size=model.image_size,
-            batch_size=config.batch_size,
-            num_instances=config.num_instances,
-            num_epochs=config.num_epochs,
-            seed=config.seed,
-            augment_image=config.augment.image,
-            augment_caption=config.augment.text,
-            augment_pad=config.augment.pad,
-            num_workers=config.num_workers,
-        )
+        split = splits.read(config, config.dataset, "train", quiet)
+        words = tokenizer.Tokenizer(model.text_length, vocab_size=model.vocab_size)
+        stream = splits.stream(config, split, words)
         return _endless("train batches", "pairs", config.batch_size, stream.batches)
 
     def pictures() -> Job:
-        split = train.read_split(config, config.dataset, "test", quiet)
+        split = splits.read(config, config.dataset, "test", quiet)
         size = min(config.eval.batch_size, len(split.images))
 
         def start() -> Iterator[Any]:
@@ -581,12 +571,12 @@ def starting(config: config_lib.Config, scratch: pathlib.Path) -> list[Maker]:
       WorkloadError, ConfigError, DataError: no libraries, no data.
     """
     require_data_libraries()
-    from itself_jax import train
+    from itself_jax import splits
 
     def quiet(line: str) -> None:
         del line
 
-    train.read_split(config, config.dataset, "train", quiet)
+    splits.read(config, config.dataset, "train", quiet)
     settings = config_lib.flatten(config_lib.to_dict(config)) | {"log_every": 1}
     program = scratch / "started.py"
     program.write_text(

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from itself_jax import interrupt, sharding, train, workdir
+from itself_jax import assessment, interrupt, sharding, splits, train, workdir
 from itself_jax.data import records, tokenizer
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -134,7 +134,7 @@ def untrained(variables: Any, rows: jax.Array) -> Encoded:
 def people(data):
     """Of `tiny`: 6 people with two pictures each and two captions of each picture."""
     log: list[str] = []
-    return train.read_split(tiny.settings(data), "synthetic", "test", log.append)
+    return splits.read(tiny.settings(data), "synthetic", "test", log.append)
 
 
 def ranked_and_written(
@@ -153,7 +153,7 @@ def ranked_and_written(
         ours=train.ALONE,
         log=log.append,
     )
-    train.test(this, {}, 0.5, [split], "val")
+    assessment.test(this, {}, 0.5, [split], "val")
     return tiny.results(path), log[-1]
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
+from itself_jax import assessment, interrupt, splits, weight_files, workdir
 from itself_jax import config as config_lib
-from itself_jax import interrupt, train, weight_files, workdir
 from itself_jax.data import records
 
 PEOPLE = (24, 4, 6)
@@ -87,7 +87,7 @@ def test_each_data_set_runs_and_tests_on_the_others(root, tmp_path, dataset):
 def test_another_data_set_is_tested_without_the_identities_of_training(root, tmp_path):
     path = tiny.run(settings(root, "rstp_reid", num_epochs=2), tmp_path / "run")
     config = settings(root, "cuhk_pedes", init_from=str(path))
-    train.evaluate_only(config, tmp_path / "other", interrupt.Interrupts())
+    assessment.evaluate_only(config, tmp_path / "other", interrupt.Interrupts())
     assert tiny.results(tmp_path / "other", "cuhk_pedes-test")["gallery"] == 12
 
 
@@ -110,10 +110,10 @@ def test_single_captions_are_the_first_of_each_test_picture_and_training_uses_al
     path = tiny.run(config, tmp_path / "run")
     found = tiny.results(path, "rstp_reid-test")
     assert (found["queries"], found["gallery"], found["captions"]) == (12, 12, "single")
-    everyone = train.read_split(settings(root, "rstp_reid"), "rstp_reid", "test", print)
-    single = train.read_split(config, "rstp_reid", "test", print)
+    everyone = splits.read(settings(root, "rstp_reid"), "rstp_reid", "test", print)
+    single = splits.read(config, "rstp_reid", "test", print)
     assert single.captions == everyone.captions[::2]
-    assert len(train.read_split(config, "rstp_reid", "train", print).captions) == 96
+    assert len(splits.read(config, "rstp_reid", "train", print).captions) == 96
 
 
 @pytest.mark.slow
@@ -139,7 +139,7 @@ def test_training_on_all_identities_includes_the_held_out_and_tests_the_last_epo
     held = settings(root, "icfg_pedes")
     everyone = settings(root, "icfg_pedes", train_on_all=True, eval__alpha=0.3)
     identities = {
-        name: set(train.read_split(config, "icfg_pedes", split, print).original_ids)
+        name: set(splits.read(config, "icfg_pedes", split, print).original_ids)
         for name, config, split in (
             ("train", held, "train"),
             ("val", held, "val"),
@@ -158,11 +158,11 @@ def test_training_on_all_identities_includes_the_held_out_and_tests_the_last_epo
 @pytest.mark.slow
 def test_the_paper_protocol_trains_on_everybody_and_its_label_stays(root, tmp_path):
     paper = settings(root, "icfg_pedes", eval__protocol="paper")
-    assert train.read_split(paper, "icfg_pedes", "train", print).num_identities == 24
+    assert splits.read(paper, "icfg_pedes", "train", print).num_identities == 24
     path = tiny.run(paper, tmp_path / "run")
     results = tiny.results(path, "icfg_pedes-test")
     assert results["protocol"] == "paper"
-    train.evaluate_only(settings(root, "icfg_pedes"), path, interrupt.Interrupts())
+    assessment.evaluate_only(settings(root, "icfg_pedes"), path, interrupt.Interrupts())
     assert tiny.results(path, "icfg_pedes-test") == results
     (path / "finished.json").unlink()
     with pytest.raises(workdir.WorkdirError, match="eval.protocol was 'paper', now 'val'"):
@@ -179,7 +179,7 @@ def test_a_misspelt_source_of_weights_leaves_the_directory_free(root, tmp_path):
 @pytest.mark.slow
 def test_a_weight_given_in_training_has_its_row_whenever_it_is_evaluated(root, tmp_path):
     path = tiny.run(settings(root, "rstp_reid", eval__alpha=0.35), tmp_path / "run")
-    train.evaluate_only(settings(root, "rstp_reid"), path, interrupt.Interrupts())
+    assessment.evaluate_only(settings(root, "rstp_reid"), path, interrupt.Interrupts())
     found = tiny.results(path, "rstp_reid-test")
     assert found["chosen_alpha"] == 0.35
     assert "fused@0.35" in {row["similarity"] for row in found["rows"]}

@@ -393,19 +393,19 @@ def test_two_processes_train_as_one_and_stop_and_go_on_in_any_number(tmp_path):
 # Runs the main job with something of it replaced: the faults of one process.
 REPLACED = """
 import os, resource, runpy, signal, sys, time
-from itself_jax import checkpoint, files, train
+from itself_jax import assessment, checkpoint, files
 {change}
 runpy.run_module("itself_jax.main", run_name="__main__", alter_sys=True)
 """
 # SIGTERM to itself as soon as it encodes that split; the others have heard of it when it begins.
 TERMINATED_AT = """
-original = train.encode_and_rank
+original = assessment.encode_and_rank
 def encode_and_rank(this, variables, split, alpha):
     if split.split == {split!r}:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     return original(this, variables, split, alpha)
-train.encode_and_rank = encode_and_rank
+assessment.encode_and_rank = encode_and_rank
 """
 DISK_FULL_AT = """
 original = checkpoint.Checkpoints.save

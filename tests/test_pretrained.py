@@ -9,11 +9,13 @@ import pytest
 import tiny
 
 from itself_jax import (
+    assessment,
     checkpoint,
     converting,
     evaluate,
     interrupt,
     retrieval,
+    splits,
     train,
     weights,
     workdir,
@@ -78,7 +80,7 @@ def test_training_starts_from_a_published_file(data, best, tmp_path, capsys):
     np.testing.assert_array_equal(after[unused], found.arrays[unused].read())
     # Evaluating the same command's directory means the run, not what it started from.
     results = tiny.results(path)
-    train.evaluate_only(config, path, interrupt.Interrupts())
+    assessment.evaluate_only(config, path, interrupt.Interrupts())
     out = capsys.readouterr().out
     epoch = json.loads((path / "finished.json").read_text())["best_epoch"]
     assert f"Testing epoch {epoch} of {path}." in out and tiny.results(path) == results
@@ -188,14 +190,14 @@ def test_training_adds_a_local_branch_to_a_clip(data, tmp_path, capsys):
 
 def test_evaluation_chooses_alpha_on_val_and_says_whose_epoch_it_is(data, best, tmp_path, capsys):
     config = settings(data, best)
-    train.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
+    assessment.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
     out = capsys.readouterr().out
     found = tiny.results(tmp_path / "run")
     assert f"The fusion weight α = {found['chosen_alpha']:g} is chosen on val." in out
     assert f"Testing epoch 3 of {best} (torch.save (zip), ITSELF; who trained it chose" in out
     assert found["protocol"] == "val" and len(found["rows"]) == 26
     config = settings(data, best, eval__alpha=0.35)
-    train.evaluate_only(config, tmp_path / "fixed", interrupt.Interrupts())
+    assessment.evaluate_only(config, tmp_path / "fixed", interrupt.Interrupts())
     fixed = tiny.results(tmp_path / "fixed")
     assert fixed["chosen_alpha"] == 0.35 and "is chosen on" not in capsys.readouterr().out
     assert [r for r in fixed["rows"] if r["similarity"] != "fused@0.35"] == found["rows"]
@@ -203,7 +205,7 @@ def test_evaluation_chooses_alpha_on_val_and_says_whose_epoch_it_is(data, best, 
 
 def test_the_paper_protocol_chooses_alpha_on_test(data, best, tmp_path, capsys):
     config = settings(data, best, eval__protocol="paper")
-    train.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
+    assessment.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
     found = tiny.results(tmp_path / "run")
     rows = [row for row in found["rows"] if row["direction"] == "t2i"]
     chosen = next(
@@ -215,7 +217,7 @@ def test_the_paper_protocol_chooses_alpha_on_test(data, best, tmp_path, capsys):
 
 def test_a_clip_is_evaluated_by_its_global_embedding_alone(data, tmp_path, capsys):
     source = published.write(tmp_path / "global.pth", SIZES, local=False)
-    train.evaluate_only(settings(data, source), tmp_path / "run", interrupt.Interrupts())
+    assessment.evaluate_only(settings(data, source), tmp_path / "run", interrupt.Interrupts())
     assert "global embedding alone is evaluated" in capsys.readouterr().out
     found = tiny.results(tmp_path / "run")
     assert {row["similarity"] for row in found["rows"]} == {"global"}
@@ -227,11 +229,11 @@ def test_evaluation_and_the_library_embed_alike(data, best, tmp_path):
     import itself_jax
 
     config = settings(data, best, eval__dump_embeddings=True, eval__alpha=0.5)
-    train.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
+    assessment.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
     with np.load(tmp_path / "run" / "embeddings-synthetic-test.npz") as file:
         dumped = dict(file)
     model = itself_jax.load(best, image_size=(32, 16), batch_size=8, log=quiet)
-    split = train.read_split(config, "synthetic", "test", quiet)
+    split = splits.read(config, "synthetic", "test", quiet)
     pictures = [split.images.name(i) for i in range(len(split.image_paths))]
     for side, embedding in (
         ("image", model.encode_image(pictures)),
@@ -258,7 +260,7 @@ def test_a_run_goes_to_the_published_layout_and_back(data, tmp_path):
         local__inference_saliency="mars",
         local__ratio=0.6,
     )
-    train.evaluate_only(other, tmp_path / "again", interrupt.Interrupts())
+    assessment.evaluate_only(other, tmp_path / "again", interrupt.Interrupts())
     expected = tiny.results(path)
     for row, wanted in zip(tiny.results(tmp_path / "again")["rows"], expected["rows"], strict=True):
         assert row["similarity"] == wanted["similarity"]
@@ -266,7 +268,7 @@ def test_a_run_goes_to_the_published_layout_and_back(data, tmp_path):
             assert row[name] == pytest.approx(wanted[name], abs=1e-3)
 
 
-@pytest.mark.parametrize("run", [train.run, train.evaluate_only])
+@pytest.mark.parametrize("run", [train.run, assessment.evaluate_only])
 @pytest.mark.parametrize(
     "make, message",
     [

@@ -17,12 +17,14 @@ import tiny
 from tensorboardX.proto import event_pb2
 
 from itself_jax import (
+    assessment,
     checkpoint,
     evaluate,
     interrupt,
     meter,
     retrieval,
     sharding,
+    splits,
     step,
     train,
     weight_files,
@@ -441,7 +443,7 @@ def test_a_diverged_run_names_step_and_pictures_and_keeps_the_last_good_state(
 
 
 def stream_of(config):
-    split = train.read_split(config, "synthetic", "train", print)
+    split = splits.read(config, "synthetic", "train", print)
     return pipeline.TrainStream(
         split,
         train.tokenizer.Tokenizer(config.model.text_length),
@@ -563,7 +565,7 @@ def test_a_directory_below_a_file_cannot_be_used(data, tmp_path):
 def test_evaluating_a_finished_run_gives_its_own_results_to_the_bit(fast, data, copy):
     expected = tiny.results(copy)
     shutil.rmtree(copy / "results")
-    train.evaluate_only(tiny.settings(data), copy, interrupt.Interrupts())
+    assessment.evaluate_only(tiny.settings(data), copy, interrupt.Interrupts())
     assert tiny.results(copy) == expected
 
 
@@ -572,16 +574,16 @@ def test_evaluation_accepts_a_changed_configuration_and_an_explicit_source(
 ):
     config = tiny.settings(data, seed=5, batch_size=8, init_from=str(reference))
     best = json.loads((reference / "finished.json").read_text())["best_epoch"]
-    train.evaluate_only(config, tmp_path / "other", interrupt.Interrupts())
+    assessment.evaluate_only(config, tmp_path / "other", interrupt.Interrupts())
     assert f"Testing epoch {best} of {reference}." in capsys.readouterr().out
     assert tiny.results(tmp_path / "other") == tiny.results(reference)
     third = tmp_path / "third"
     shutil.copytree(reference, third)
     shutil.rmtree(third / "checkpoints" / str(tiny.EPOCH_ENDS[best - 1]))
-    train.evaluate_only(config, third, interrupt.Interrupts())
+    assessment.evaluate_only(config, third, interrupt.Interrupts())
     assert tiny.results(third) == tiny.results(reference)
     own = dataclasses.replace(config, init_from=None)
-    train.evaluate_only(own, third, interrupt.Interrupts())
+    assessment.evaluate_only(own, third, interrupt.Interrupts())
     assert tiny.results(third) != tiny.results(reference)
 
 
@@ -599,13 +601,13 @@ def test_evaluation_without_a_checkpoint_says_what_to_give(fast, data, tmp_path,
         error, message = checkpoint.CheckpointError, ".*no validated checkpoint"
     config = tiny.settings(data, init_from=str(source))
     with pytest.raises(error, match=f"{source}{message}"):
-        train.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
+        assessment.evaluate_only(config, tmp_path / "run", interrupt.Interrupts())
     assert not (tmp_path / "run").exists()
 
 
 def test_dumped_embeddings_rank_to_the_reported_table(fast, data, copy):
     config = tiny.settings(data, eval__dump_embeddings=True)
-    train.evaluate_only(config, copy, interrupt.Interrupts())
+    assessment.evaluate_only(config, copy, interrupt.Interrupts())
     with np.load(copy / "embeddings-synthetic-test.npz") as file:
         dumped = dict(file)
     shapes = {name: array.shape for name, array in dumped.items()}
@@ -614,7 +616,7 @@ def test_dumped_embeddings_rank_to_the_reported_table(fast, data, copy):
         **{"image_global": (12, 32), "image_local": (12, 32), "image_ids": (12,)},
         "image_paths": (12,),
     }
-    split = train.read_split(config, "synthetic", "test", print)
+    split = splits.read(config, "synthetic", "test", print)
     assert dumped.pop("image_paths").tolist() == list(split.image_paths)
     np.testing.assert_array_equal(dumped["text_ids"], split.caption_ids)
     rows = retrieval.rank(retrieval.Embeddings(**dumped))
@@ -634,7 +636,7 @@ def test_a_fixed_fusion_weight_is_used_and_reported(fast, data, tmp_path):
 
 def test_the_test_split_is_encoded_once_and_only_after_training(fast, data, tmp_path, monkeypatch):
     events = []
-    encode, record = train.encode_and_rank, meter.Meter.record
+    encode, record = assessment.encode_and_rank, meter.Meter.record
 
     def encoding(this, variables, split, alpha):
         events.append(split.split)
@@ -644,7 +646,7 @@ def test_the_test_split_is_encoded_once_and_only_after_training(fast, data, tmp_
         events.append(self.step + 1)
         record(self, metrics)
 
-    monkeypatch.setattr(train, "encode_and_rank", encoding)
+    monkeypatch.setattr(assessment, "encode_and_rank", encoding)
     monkeypatch.setattr(meter.Meter, "record", recording)
     tiny.run(tiny.settings(data), tmp_path / "run")
     epochs = [[*range(1, 6), "val"], [*range(6, 12), "val"], [*range(12, 17), "val"]]

@@ -1,4 +1,4 @@
-"""Pictures of a report: small crops, and heat over the patches with those that are kept outlined."""
+"""Pictures of a report: small crops, and heat over patches with the kept ones outlined."""
 
 import io
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Queries with their answers, and what the model looks at in them: the parts that need the model."""
+"""Queries with their answers, and what the model looks at in them: what needs the model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

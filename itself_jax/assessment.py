@@ -1,0 +1,292 @@
+"""What a model can do: encoded and ranked splits, the test, the report, and `--mode=eval`."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from itself_jax import config as config_lib
+from itself_jax import (
+    evaluate,
+    fitting,
+    hosts,
+    interrupt,
+    retrieval,
+    sharding,
+    splits,
+    step,
+    watching,
+    weights,
+    workdir,
+)
+from itself_jax import meter as meter_lib
+from itself_jax.data import masks, pipeline, records, synthetic, tokenizer
+from itself_jax.models import itself
+
+Log = Callable[[str], None]
+ALONE = hosts.Hosts()
+
+
+class Tested(NamedTuple):
+    """A split that was ranked, with what ranked it."""
+
+    split: records.Split
+    embeddings: retrieval.Embeddings
+    alpha: float
+
+
+class Run(NamedTuple):
+    """What is set up once and then only used."""
+
+    config: config_lib.Config
+    workdir: workdir.Workdir
+    mesh: jax.sharding.Mesh
+    training: step.Training
+    tokenizer: tokenizer.Tokenizer
+    encoders: tuple[Callable[..., Any], Callable[..., Any]]
+    watcher: watching.Watcher | None  # of the validation split
+    interrupts: interrupt.Interrupts
+    ours: hosts.Hosts
+    log: Log
+
+
+def evaluate_only(
+    config: config_lib.Config,
+    path: str | os.PathLike,
+    interrupts: interrupt.Interrupts,
+    ours: hosts.Hosts = ALONE,
+) -> None:
+    """`--mode=eval`: tests the best checkpoint of `path`, or the weights of `config.init_from`.
+
+    The sizes of the model are those of the weights. The fusion weight is `eval.alpha`, else the one
+    chosen in training, else (weights of other programs do not say) chosen here as `eval.protocol`
+    says.
+
+    Raises:
+      ConfigError, DataError, WorkdirError, WeightsError, WeightFileError, CheckpointError: one
+        sentence each.
+      Interrupted: a signal came.
+    """
+    log = meter_lib.print_line if ours.leads else lambda line: None
+    directory = workdir.Workdir(path, writes=ours.leads)
+    ours.agree({"--mode": "eval", "--workdir": str(path), **facts(config)})
+    if config.init_from is None or started_from(directory, config.init_from):
+        best = weights.of_run(directory.path, log, ours)
+    else:
+        best = weights.open_(config.init_from, log, ours)
+    fitting.say_replaced(config, best.sizes, best.source, log)
+    config = fitting.resolve(config, best, log, training=False)
+    mesh = sharding.make_mesh(config)
+    test_splits = splits.read_tests(config, log)
+    alpha = best.meta.get("best_alpha") if config.eval.alpha is None else config.eval.alpha
+    if not config.local.enabled:
+        alpha = 1.0
+    chooses = alpha is None
+    validation_split = None
+    if chooses:
+        validation_split = splits.read(config, config.dataset, splits.validation_name(config), log)
+    ours.agree(splits.facts([*test_splits, *([validation_split] if chooses else [])], best))
+    words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
+    with interrupts.compilation():
+        # Classifiers are not needed, so no data set's identities are.
+        training = step.make(config, num_identities=1, steps_per_epoch=(1,) * config.num_epochs)
+        template = encoder_variables(step.state_template(training, mesh))
+        variables = fitting.fit(best, template, config.model, log)
+        encoders = step.compile_encoders(training, template, mesh)
+        watcher = watch(training, template, mesh, test_splits[0], words, interrupts)
+    this = Run(config, directory, mesh, training, words, encoders, watcher, interrupts, ours, log)
+    ours.barrier("ready to evaluate")
+    with interrupts.checked_work():
+        if chooses:
+            rows, _ = encode_and_rank(this, variables, validation_split, None)
+            alpha = retrieval.choose_alpha(rows)
+            log(f"The fusion weight α = {alpha:g} is chosen on {splits.validation_name(config)}.")
+        log(f"Testing {describe_weights(best)}.")
+        protocol = best.protocol or config.eval.protocol
+        tested = test(this, variables, alpha, test_splits, protocol)
+        report(this, variables, tested, None)
+
+
+def started_from(directory: workdir.Workdir, source: str) -> bool:
+    """Whether the directory holds a run from these weights, whose own are then meant."""
+    saved = directory.saved_config()
+    return saved is not None and saved["config"].get("init_from") == source
+
+
+def describe_weights(found: weights.Weights) -> str:
+    """Which weights are tested, for the log."""
+    epoch = found.meta.get("epoch")
+    where = f"epoch {epoch} of {found.source}" if epoch is not None else str(found.source)
+    if found.protocol is not None:
+        return where
+    return f"{where} ({found.kind}; who trained it chose the epoch, the published code on test)"
+
+
+def variables_of(state: step.TrainState) -> dict[str, Any]:
+    """What weights of another run replace."""
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def encoder_variables(state: step.TrainState) -> dict[str, Any]:
+    """What the encoders read: everything but the classifiers."""
+    return fitting.encoders_only(variables_of(state))
+
+
+def facts(config: config_lib.Config) -> dict[str, Any]:
+    """Settings and code, which must be the same in every process of a run, by name."""
+    own = ("data_root", "num_workers", "distributed.")  # of a machine
+    settings = config_lib.flatten(config_lib.to_dict(config))
+    found = {f"config.{key}": x for key, x in settings.items() if not key.startswith(own)}
+    return found | hosts.code_facts()
+
+
+def encode_and_rank(
+    this: Run, variables: dict[str, Any], split: records.Split, alpha: float | None
+) -> tuple[list[retrieval.Row], retrieval.Embeddings]:
+    """Encodes a split once and ranks it in both directions; checks for signals on the way.
+
+    alpha: a fusion weight that must be among the rows, beside the usual ones.
+    """
+    config = this.config
+    encode_images, encode_captions = this.encoders
+    rows = sharding.host_rows(this.mesh)
+    batch_size = sharding.eval_batch_size(config, this.mesh)
+    embeddings = evaluate.encode_corpus(
+        lambda pixels: encode_images(variables, pixels),
+        lambda ids: encode_captions(variables, ids),
+        pipeline.image_batches(
+            split,
+            image_size=config.model.image_size,
+            batch_size=batch_size,
+            shard=rows,
+        ),
+        pipeline.caption_batches(
+            split,
+            this.tokenizer,
+            batch_size=batch_size,
+            lengths=itself.caption_lengths(config.model, config.local),
+            shard=rows,
+        ),
+        split=split,
+        should_stop=this.interrupts.check,
+        place=lambda batch: sharding.shard_batch(this.mesh, batch),
+    )
+    if config.eval.dump_embeddings and this.ours.leads:
+        evaluate.dump_embeddings(this.workdir.path, split, embeddings)
+    alphas = retrieval.FUSION_ALPHAS
+    if alpha is not None:
+        alphas = (*alphas, alpha)
+    rows = retrieval.rank(
+        embeddings, alphas=alphas, chunk_bytes=config.eval.chunk_mb << 20, mesh=this.mesh
+    )
+    return rows, embeddings
+
+
+def watch(
+    training: step.Training,
+    variables: Any,
+    mesh: jax.sharding.Mesh,
+    split: records.Split,
+    words: tokenizer.Tokenizer,
+    interrupts: interrupt.Interrupts,
+    truth: masks.Truth | None = None,
+) -> watching.Watcher | None:
+    """What follows the model's saliency on `split`; None where nothing is to be watched."""
+    pairs = training.config.eval.watch
+    if not pairs:
+        return None
+    return watching.Watcher(
+        training,
+        variables,
+        mesh,
+        split,
+        words,
+        truth=truth,
+        pairs=pairs,
+        should_stop=interrupts.check,
+    )
+
+
+def look(this: Run, variables: dict[str, Any], epoch: int) -> dict[str, float]:
+    """Keeps what the model looks at after an epoch; measures it where there are masks."""
+    if this.watcher is None:
+        return {}
+    pairs, measured = this.watcher.look(variables)
+    if this.ours.leads:
+        watching.save(this.workdir.path, epoch, pairs)
+    return measured
+
+
+def chosen_row(rows: list[retrieval.Row], alpha: float) -> retrieval.Row:
+    """The text→image row of one fusion weight."""
+    return next(row for row in rows if row.direction == "t2i" and row.alpha == alpha)
+
+
+def test(
+    this: Run,
+    variables: dict[str, Any],
+    alpha: float,
+    splits: Sequence[records.Split],
+    protocol: str,
+) -> Tested:
+    """Tests on each data set, writes and prints the tables; returns the first one.
+
+    protocol: by which epoch and weight were chosen, whatever the configuration says now.
+    """
+    config = this.config
+    if not config.local.enabled:
+        alpha = 1.0
+    first = None
+    for split in splits:
+        extra = {"captions": config.eval.captions, "chance_R1": evaluate.chance_rank1(split)}
+        if split.dataset == "synthetic" and config.eval.captions == "all":
+            extra["oracle_R1"] = synthetic.oracle_rank1(
+                splits.synthetic_folder(config, this.log), "test"
+            )
+        rows, embeddings = encode_and_rank(this, variables, split, alpha)
+        first = first or Tested(split, embeddings, alpha)
+        summary = evaluate.results(
+            rows,
+            dataset=split.dataset,
+            split="test",
+            queries=len(split.captions),
+            gallery=len(split.image_paths),
+            protocol=protocol,
+            chosen_alpha=alpha,
+            extra=extra,
+        )
+        if this.ours.leads:
+            evaluate.write_results(this.workdir.path, summary)
+        this.log(evaluate.format_table(summary))
+    return first
+
+
+def report(
+    this: Run,
+    variables: dict[str, Any],
+    tested: Tested,
+    watched: records.Split | None,
+) -> None:
+    """Writes `report/`, by the process that writes.
+
+    watched: the split whose pairs were followed in training; None: no training was seen.
+    """
+    if this.watcher is None:
+        return
+    try:
+        from itself_jax.reporting import examples, writing
+    except ImportError as error:  # a machine for training may lack what draws
+        this.log(f"No report ({error}): pip install -r requirements.txt has all it needs.")
+        return
+    material = examples.gather(
+        this.config,
+        tested.split,
+        tested.embeddings,
+        tested.alpha,
+        lambda split, captions: this.watcher.pairs(variables, split, captions),
+        tested.split if watched is None else watched,
+    )
+    if this.ours.leads:
+        path = writing.write(this.workdir, material, this.tokenizer)
+        this.log(f"Report: {path}")
