@@ -51,11 +51,14 @@ _WIDE = 100.0  # ratio of largest to smallest from which on a scale is logarithm
 
 _TRAINING = {  # of one line each: title, axis
     "grad_norm": ("Gradient norm", "norm of the gradient"),
-    "learning_rate": ("Learning rate", "learning rate"),
+    "learning_rate": ("Learning rate of the encoders", "learning rate"),
     "pairs_per_second": ("Training speed", "pairs per second"),
 }
+_SPIKED = ("loss", "grad_norm")  # logarithmic where one large value would flatten the rest
+_FROM_ZERO = ("bank", "pairs_per_second")
 _LOSSES = {"loss": "all", "loss_tal": "TAL", "loss_cid": "CID and ID"}
 _BANKS = {"bank_image": "patches of a picture", "bank_text": "words of a caption"}
+_SOURCES = ("mars", "last", "layer", "mean", "std", "min_mean", "min_std")  # in this order
 _MEASURED = {
     "patches_on_person": "Kept patches that lie on the person",
     "patches_on_named": "Kept patches that lie on what the caption names",
@@ -74,11 +77,12 @@ class _Line(NamedTuple):
 
 
 class _Level(NamedTuple):
-    """A dashed horizontal line: what something else would reach."""
+    """A horizontal line: what something else would reach."""
 
     label: str
     value: float
-    colour: str = _GREY
+    colour: str
+    dashes: tuple[int, tuple[int, int]]
 
 
 def curves(history: history_lib.History) -> tuple[content.Chart, ...]:
@@ -88,11 +92,12 @@ def curves(history: history_lib.History) -> tuple[content.Chart, ...]:
     """
     found = [_validation(split, table, history) for split, table in history.validation.items()]
     training = {name: series for name, series in history.training.items() if len(series.at)}
-    found.append(_by_step("loss", "Loss, and its terms", "loss", _pick(training, _LOSSES)))
+    found.append(_by_step("loss", "Loss and its terms", "loss", _pick(training, _LOSSES)))
     for name, (title, axis) in _TRAINING.items():
         found.append(_by_step(name, title, axis, _pick(training, {name: title})))
-    banks = _pick(training, _BANKS)
-    found.append(_by_step("bank", "k: how many tokens are kept (ATS)", "kept tokens", banks))
+    if (history.config.get("local") or {}).get("enabled", True):  # else there is no bank
+        banks = _pick(training, _BANKS)
+        found.append(_by_step("bank", "k: how many tokens are kept", "kept tokens", banks))
     for name in training.keys() - {*_LOSSES, *_BANKS, *_TRAINING}:
         found.append(_by_step(_slug(name), name, name, _pick(training, {name: name})))
     first = ("validation", "loss", "learning_rate", "grad_norm", "bank", "pairs_per_second")
@@ -113,7 +118,7 @@ def fusion(history: history_lib.History) -> tuple[content.Chart, ...]:
 
 def measured(history: history_lib.History) -> tuple[content.Chart, ...]:
     """Saliency measured against masks by epoch: a chart a measure, a line a source."""
-    sources = sorted({s for table in history.measured.values() for s in table})
+    sources = sorted({s for table in history.measured.values() for s in table}, key=_place)
     styles = {s: i for i, s in enumerate(s for s in sources if s != history_lib.CHANCE)}
     found = []
     for name, table in history.measured.items():
@@ -172,7 +177,11 @@ def similarities(
                 told.append(f"{total:,} {label} pairs have a mean similarity of {_number(mean)}")
             else:
                 told.append(f"there are no {label} pairs")
+        filled = np.flatnonzero(matched + unmatched)
+        if len(filled):
+            axes.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
         axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
         _legend(axes)
         png = _png(axes.figure)
     return content.Chart(
@@ -190,9 +199,8 @@ def _validation(
     if not lines:
         return None
     told = [f"{line.label} {_told(line, 'epoch', best='highest')}" for line in lines]
-    chosen = history.best_epoch
+    chosen, word = history.best_epoch, "chosen" if history.finished else "the best so far"
     if chosen is not None:
-        word = "chosen" if history.finished else "the best so far"
         told.append(f"epoch {chosen} is {word}")
     return _draw(
         f"validation-{_slug(split)}",
@@ -202,27 +210,31 @@ def _validation(
         x="epoch",
         y="percent",
         alt=f"Text to image on {split} in percent: {'; '.join(told)}.",
-        marked=None if chosen is None else (chosen, "chosen" if history.finished else "best"),
+        marked=None if chosen is None else (chosen, f"epoch {chosen}, {word}"),
     )
 
 
 def _by_step(name: str, title: str, axis: str, lines: Sequence[_Line]) -> content.Chart | None:
     if not lines:
         return None
-    told = [f"{line.label} {_told(line, 'step', best='lowest')}" for line in lines]
-    if name != "loss":
-        told = [f"{line.label} {_told(line, 'step')}" for line in lines]
+    best = "lowest" if name == "loss" else None
+    told = [(line.label, _told(line, "step", best)) for line in lines]
+    if len(lines) == 1:
+        alt = f"{title} {told[0][1]}."
+    else:
+        alt = f"{title}, by step: {'; '.join(map(' '.join, told))}."
     values = np.concatenate([line.y for line in lines])
-    is_wide = values.min() > 0 and values.max() > _WIDE * values.min()
+    is_log = name in _SPIKED and values.min() > 0 and values.max() > _WIDE * values.min()
     return _draw(
         name,
         title,
         lines,
         (),
         x="step",
-        y=f"{axis} (log scale)" if is_wide else axis,
-        alt=f"{title}, by step: {'; '.join(told)}.",
-        is_log=bool(is_wide),
+        y=f"{axis} (log scale)" if is_log else axis,
+        alt=alt,
+        is_log=bool(is_log),
+        bottom=0 if name in _FROM_ZERO else None,
     )
 
 
@@ -240,11 +252,14 @@ def _fusion(result: history_lib.Result) -> content.Chart:
             f"{label} {_number(line.y[0])} at α = {x[0]:g}, {_number(line.y[-1])} at "
             f"α = {x[-1]:g}, highest {_number(line.y[best])} at α = {x[best]:g}"
         )
-        for kind, known in (("oracle", result.oracle), ("chance", result.chance)):
+        for kind, known, dashes in (
+            ("oracle", result.oracle, (0, (4, 3))),
+            ("chance", result.chance, (0, (1, 2))),
+        ):
             if direction in known:
                 value = known[direction]
-                levels.append(_Level(f"{kind}, {label}", value, _COLOURS[style]))
-                told.append(f"{kind} of {label} {_number(value)}")
+                levels.append(_Level(f"{kind}, {label}", value, _COLOURS[style], dashes))
+                told.append(f"{kind} {_number(value)}")
     told.append(f"α = {result.chosen_alpha:g} is chosen")
     where = f"{result.dataset} {result.split}"
     return _draw(
@@ -255,7 +270,7 @@ def _fusion(result: history_lib.Result) -> content.Chart:
         x="α: 0 local alone, 1 global alone",
         y="R@1 in percent",
         alt=f"R@1 on {where} in percent over α: {'; '.join(told)}.",
-        marked=(result.chosen_alpha, "chosen"),
+        marked=(result.chosen_alpha, f"α = {result.chosen_alpha:g}, chosen"),
         bottom=0,
     )
 
@@ -286,33 +301,23 @@ def _draw(
                 if len(line.x) > _MANY or (is_chance and len(line.x) > 1)
                 else _MARKERS[line.style % len(_MARKERS)],
             )
-        for i, level in enumerate(levels):
+        for level in levels:
             axes.axhline(
                 level.value,
                 label=level.label,
                 color=level.colour,
-                linestyle=((0, (4, 3)), (0, (1, 2)))[i % 2],
-                linewidth=1,
+                linestyle=level.dashes,
+                linewidth=1.2,
             )
         if marked is not None:
-            axes.axvline(marked[0], color=_DARK, linewidth=0.9, linestyle=":", zorder=1)
-            axes.annotate(
-                marked[1],
-                (marked[0], 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(-3 if marked[0] > np.mean(axes.get_xlim()) else 3, -2),
-                textcoords="offset points",
-                ha="right" if marked[0] > np.mean(axes.get_xlim()) else "left",
-                va="top",
-                fontsize=8,
-            )
+            axes.axvline(marked[0], label=marked[1], color=_DARK, linewidth=1, linestyle=":")
         if is_log:
             axes.set_yscale("log")
         if bottom is not None:
             axes.set_ylim(bottom=bottom)
         if x in ("step", "epoch"):
-            axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-        if len(lines) + len(levels) > 1:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
+        if len(axes.lines) > 1:
             _legend(axes)
         png = _png(axes.figure)
     return content.Chart(name, title, png, alt)
@@ -358,6 +363,8 @@ def _told(line: _Line, unit: str, best: str | None = None) -> str:
     """ "from 96.1 at step 10 to 12.3 at step 1380, lowest 11.9 at step 1300"."""
     if len(line.x) == 1:
         return f"{_number(line.y[0])} at {unit} {line.x[0]}"
+    if (line.y == line.y[0]).all():
+        return f"{_number(line.y[0])} throughout"
     text = (
         f"from {_number(line.y[0])} at {unit} {line.x[0]} to {_number(line.y[-1])} at "
         f"{unit} {line.x[-1]}"
@@ -366,6 +373,13 @@ def _told(line: _Line, unit: str, best: str | None = None) -> str:
         at = int(line.y.argmax() if best == "highest" else line.y.argmin())
         text += f", {best} {_number(line.y[at])} at {unit} {line.x[at]}"
     return text
+
+
+def _place(source: str) -> tuple[int, int, str]:
+    """Sorts saliency sources: as `_SOURCES`, layers by number, then all others by name."""
+    kind, _, layer = source.partition(":")
+    place = _SOURCES.index(kind) if kind in _SOURCES else len(_SOURCES)
+    return place, int(layer) if layer.isdigit() else 0, source
 
 
 def _number(value: float) -> str:

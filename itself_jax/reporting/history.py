@@ -157,7 +157,16 @@ def state(history: History) -> str:
 
 def facts(history: History) -> tuple[tuple[str, str], ...]:
     """What is worth knowing about the run beside its settings, as label and value."""
-    found = [
+    found = []
+    for result in history.results:
+        scores = [
+            f"{row.metrics['R1']:.2f} % {DIRECTIONS[row.direction]}"
+            for row in result.rows
+            if row.alpha == result.chosen_alpha
+        ]
+        where = f"R@1, {result.dataset} {result.split}"
+        found.append((where, f"{', '.join(scores)} (α = {result.chosen_alpha:g})"))
+    found += [
         ("Directory", str(history.path)),
         ("Steps", f"{history.step:,}, in epoch {history.epoch} of {history.epochs}"),
     ]
@@ -194,7 +203,9 @@ def _table(result: Result, direction: str) -> content.Table:
     if direction == "i2t":
         asked, ranked = ranked, asked
     skipped = result.skipped.get(direction, 0)
-    rows = [row for row in result.rows if row.direction == direction]
+    rows = sorted(
+        (row for row in result.rows if row.direction == direction), key=lambda row: row.alpha
+    )
     cells = [
         (row.similarity, *(f"{row.metrics[name]:.2f}" for name in evaluate.METRICS)) for row in rows
     ]
@@ -205,8 +216,8 @@ def _table(result: Result, direction: str) -> content.Table:
     chosen = [i for i, row in enumerate(rows) if row.alpha == result.chosen_alpha]
     return content.Table(
         caption=(
-            f"{result.dataset} {result.split}, {DIRECTIONS[direction]}, in percent: {asked} "
-            f"ask, {ranked} are ranked; protocol {result.protocol}"
+            f"{result.dataset} {result.split}, {DIRECTIONS[direction]}: {asked} rank {ranked}; "
+            f"percent, protocol {result.protocol}"
             + (f"; {skipped:,} queries without a right answer are left out" if skipped else "")
         ),
         columns=("similarity", "R@1", "R@5", "R@10", "mAP", "mINP", "rSum"),
