@@ -210,7 +210,7 @@ def _validation(
         x="epoch",
         y="percent",
         alt=f"Text to image on {split} in percent: {'; '.join(told)}.",
-        marked=None if chosen is None else (chosen, f"epoch {chosen}, {word}"),
+        marked=None if chosen is None else (float(chosen), f"epoch {chosen}, {word}"),
     )
 
 
@@ -234,7 +234,7 @@ def _by_step(name: str, title: str, axis: str, lines: Sequence[_Line]) -> conten
         y=f"{axis} (log scale)" if is_log else axis,
         alt=alt,
         is_log=bool(is_log),
-        bottom=0 if name in _FROM_ZERO else None,
+        bottom=0.0 if name in _FROM_ZERO else None,
     )
 
 
@@ -271,7 +271,7 @@ def _fusion(result: history_lib.Result) -> content.Chart:
         y="R@1 in percent",
         alt=f"R@1 on {where} in percent over α: {'; '.join(told)}.",
         marked=(result.chosen_alpha, f"α = {result.chosen_alpha:g}, chosen"),
-        bottom=0,
+        bottom=0.0,
     )
 
 
@@ -284,7 +284,7 @@ def _draw(
     x: str,
     y: str,
     alt: str,
-    marked: tuple[float, str] | None = None,
+    marked: tuple[float, str] | None = None,  # a vertical line and its name
     is_log: bool = False,
     bottom: float | None = None,
 ) -> content.Chart:
@@ -333,13 +333,14 @@ def _axes(x: str, y: str) -> Iterator[axes_lib.Axes]:
         backend_agg.FigureCanvasAgg(drawing)
         axes = drawing.add_subplot()
         axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set_ylabel(_plain(y))
         yield axes
 
 
 def _legend(axes: axes_lib.Axes) -> None:
     """Above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
+    labels = [_plain(label) for label in labels]
     columns = 2 if max(map(len, labels)) > 14 else min(len(labels), 4)
     axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
@@ -384,6 +385,11 @@ def _place(source: str) -> tuple[int, int, str]:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _plain(text: str) -> str:
+    """Text of a run in which no dollar begins a formula."""
+    return text.replace("$", r"\$")
 
 
 def _slug(text: str) -> str:
