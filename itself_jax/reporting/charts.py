@@ -60,11 +60,12 @@ _LOSSES = {"loss": "all", "loss_tal": "TAL", "loss_cid": "CID and ID"}
 _BANKS = {"bank_image": "patches of a picture", "bank_text": "words of a caption"}
 _SOURCES = ("mars", "last", "layer", "mean", "std", "min_mean", "min_std")  # in this order
 _MEASURED = {
-    "patches_on_person": "Kept patches that lie on the person",
-    "patches_on_named": "Kept patches that lie on what the caption names",
-    "pointing": "Most salient patch that lies on the person",
+    "patches_on_person": "Kept patches that touch the person",
+    "patches_on_named": "Kept patches that touch what the caption names",
     "words_on_named": "Kept words that name an attribute",
+    "pointing": "Pointing game: the most salient patch touches the attribute",
 }
+_POINTING = "pointing_"  # and an attribute: that one's share of `pointing`
 
 
 class _Line(NamedTuple):
@@ -117,15 +118,22 @@ def fusion(history: history_lib.History) -> tuple[content.Chart, ...]:
 
 
 def measured(history: history_lib.History) -> tuple[content.Chart, ...]:
-    """Saliency measured against masks by epoch: a chart a measure, a line a source."""
+    """Saliency measured against masks by epoch: a chart a measure, a line a source.
+
+    The pointing game of single attributes comes last.
+    """
     sources = sorted({s for table in history.measured.values() for s in table}, key=_place)
     styles = {s: i for i, s in enumerate(s for s in sources if s != history_lib.CHANCE)}
     found = []
-    for name, table in history.measured.items():
+    order = [*_MEASURED, *sorted(history.measured.keys() - _MEASURED.keys())]
+    for name in order:
+        table = history.measured.get(name, {})
         lines = [_Line(s, *table[s], styles[s]) for s in sources if s in table and s in styles]
         if not lines:
             continue
         title = _MEASURED.get(name, name.replace("_", " "))
+        if name.startswith(_POINTING):
+            title = f"Pointing game: {name.removeprefix(_POINTING).replace('_', ' ')}"
         told = [f"{line.label} {_told(line, 'epoch', best='highest')}" for line in lines]
         chance = table.get(history_lib.CHANCE)
         if chance is not None and len(chance.at):

@@ -100,10 +100,23 @@ def test_measured_saliency_has_a_line_for_each_source_in_order_of_depth(make_run
     (chart,) = charts.measured(history_lib.read(make_run()))
     assert chart.name == "measured-patches_on_person"
     assert chart.alt == (
-        "Kept patches that lie on the person, as a share by epoch: mars from 0.25 at epoch 1 to "
+        "Kept patches that touch the person, as a share by epoch: mars from 0.25 at epoch 1 to "
         "0.75 at epoch 3, highest 0.75 at epoch 3; layer:2 0.4 throughout; layer:10 0.5 "
         "throughout; chance 0.3 throughout."
     )
+
+
+def test_single_attributes_of_the_pointing_game_come_last(make_run):
+    history = history_lib.read(make_run())
+    once = {"mars": series([1], [0.5])}
+    names = ("pointing_upper_body", "another", "pointing", "words_on_named")
+    found = charts.measured(history._replace(measured=dict.fromkeys(names, once)))
+    assert [chart.title for chart in found] == [
+        "Kept words that name an attribute",
+        "Pointing game: the most salient patch touches the attribute",
+        "another",
+        "Pointing game: upper body",
+    ]
 
 
 def test_similarities_are_shares_of_their_own_sum():
