@@ -138,6 +138,26 @@ class Workdir:
         except (OSError, ValueError):
             return None
 
+    def is_in_use(self) -> bool | None:
+        """Whether a run has this directory now; None where that is not known, as in a bucket."""
+        if not self._is_local:
+            return None
+        try:
+            descriptor = os.open(self.path / _LOCK, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return None
+        finally:
+            os.close(descriptor)
+        return False  # whoever left the lock behind was killed
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Marks the run as complete; the very last thing it writes."""
         self.write_json(_FINISHED, summary)

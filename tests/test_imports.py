@@ -75,6 +75,13 @@ def test_training_step_and_evaluation_import_without_data_libraries():
     assert done.returncode == 0, done.stderr
 
 
+def test_training_imports_without_what_only_a_report_needs():
+    code = "import sys\nfor n in ('matplotlib', 'jinja2'): sys.modules[n] = None\n"
+    code += "import itself_jax.main\nimport itself_jax.train\nimport itself_jax.evaluate\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_block_is_felt():
     code = "import sys\nsys.modules['grain'] = None\nimport itself_jax.data.pipeline\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
