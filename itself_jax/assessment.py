@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from itself_jax import config as config_lib
 from itself_jax import (
+    checkpoint,
     evaluate,
+    files,
     fitting,
     hosts,
     interrupt,
@@ -20,6 +21,7 @@ from itself_jax import (
     weights,
     workdir,
 )
+from itself_jax import config as config_lib
 from itself_jax import meter as meter_lib
 from itself_jax.data import masks, pipeline, records, synthetic, tokenizer
 from itself_jax.models import itself
@@ -87,15 +89,7 @@ def evaluate_only(
     if chooses:
         validation_split = splits.read(config, config.dataset, splits.validation_name(config), log)
     ours.agree(splits.facts([*test_splits, *([validation_split] if chooses else [])], best))
-    words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
-    with interrupts.compilation():
-        # Classifiers are not needed, so no data set's identities are.
-        training = step.make(config, num_identities=1, steps_per_epoch=(1,) * config.num_epochs)
-        template = encoder_variables(step.state_template(training, mesh))
-        variables = fitting.fit(best, template, config.model, log)
-        encoders = step.compile_encoders(training, template, mesh)
-        watcher = watch(training, template, mesh, test_splits[0], words, interrupts)
-    this = Run(config, directory, mesh, training, words, encoders, watcher, interrupts, ours, log)
+    this, variables = _ready(config, directory, mesh, best, test_splits[0], interrupts, ours, log)
     ours.barrier("ready to evaluate")
     with interrupts.checked_work():
         if chooses:
@@ -105,7 +99,7 @@ def evaluate_only(
         log(f"Testing {describe_weights(best)}.")
         protocol = best.protocol or config.eval.protocol
         tested = test(this, variables, alpha, test_splits, protocol)
-        report(this, variables, tested, None)
+        report(this, variables, tested, _followed(config, directory, log))
 
 
 def started_from(directory: workdir.Workdir, source: str) -> bool:
@@ -141,18 +135,13 @@ def facts(config: config_lib.Config) -> dict[str, Any]:
     return found | hosts.code_facts()
 
 
-def encode_and_rank(
-    this: Run, variables: dict[str, Any], split: records.Split, alpha: float | None
-) -> tuple[list[retrieval.Row], retrieval.Embeddings]:
-    """Encodes a split once and ranks it in both directions; checks for signals on the way.
-
-    alpha: a fusion weight that must be among the rows, beside the usual ones.
-    """
+def encode(this: Run, variables: dict[str, Any], split: records.Split) -> retrieval.Embeddings:
+    """Encodes a split once; checks for signals on the way."""
     config = this.config
     encode_images, encode_captions = this.encoders
     rows = sharding.host_rows(this.mesh)
     batch_size = sharding.eval_batch_size(config, this.mesh)
-    embeddings = evaluate.encode_corpus(
+    return evaluate.encode_corpus(
         lambda pixels: encode_images(variables, pixels),
         lambda ids: encode_captions(variables, ids),
         pipeline.image_batches(
@@ -172,6 +161,17 @@ def encode_and_rank(
         should_stop=this.interrupts.check,
         place=lambda batch: sharding.shard_batch(this.mesh, batch),
     )
+
+
+def encode_and_rank(
+    this: Run, variables: dict[str, Any], split: records.Split, alpha: float | None
+) -> tuple[list[retrieval.Row], retrieval.Embeddings]:
+    """Encodes a split once and ranks it in both directions; checks for signals on the way.
+
+    alpha: a fusion weight that must be among the rows, beside the usual ones.
+    """
+    config = this.config
+    embeddings = encode(this, variables, split)
     if config.eval.dump_embeddings and this.ours.leads:
         evaluate.dump_embeddings(this.workdir.path, split, embeddings)
     alphas = retrieval.FUSION_ALPHAS
@@ -227,7 +227,7 @@ def test(
     this: Run,
     variables: dict[str, Any],
     alpha: float,
-    splits: Sequence[records.Split],
+    test_splits: Sequence[records.Split],
     protocol: str,
 ) -> Tested:
     """Tests on each data set, writes and prints the tables; returns the first one.
@@ -238,13 +238,14 @@ def test(
     if not config.local.enabled:
         alpha = 1.0
     first = None
-    for split in splits:
-        extra = {"captions": config.eval.captions, "chance_R1": evaluate.chance_rank1(split)}
+    for split in test_splits:
+        extra: dict[str, Any] = {"captions": config.eval.captions}
         if split.dataset == "synthetic" and config.eval.captions == "all":
             extra["oracle_R1"] = synthetic.oracle_rank1(
                 splits.synthetic_folder(config, this.log), "test"
             )
         rows, embeddings = encode_and_rank(this, variables, split, alpha)
+        extra["chance_R1"] = evaluate.chance_rank1(split)
         first = first or Tested(split, embeddings, alpha)
         summary = evaluate.results(
             rows,
@@ -270,7 +271,7 @@ def report(
 ) -> None:
     """Writes `report/`, by the process that writes.
 
-    watched: the split whose pairs were followed in training; None: no training was seen.
+    watched: the split whose pairs were followed in training, if it is at hand.
     """
     if this.watcher is None:
         return
@@ -285,8 +286,93 @@ def report(
         tested.embeddings,
         tested.alpha,
         lambda split, captions: this.watcher.pairs(variables, split, captions),
-        tested.split if watched is None else watched,
+        watched,
     )
     if this.ours.leads:
-        path = writing.write(this.workdir, material, this.tokenizer)
+        path = writing.write(this.workdir.path, material, config=this.config)
         this.log(f"Report: {path}")
+
+
+def report_only(path: str | os.PathLike, log: Log) -> files.Path:
+    """`python -m itself_jax.report`: writes the report of a directory anew, on one device.
+
+    The test split is shown of a finished run; of another one the split that it validates on, with
+    the best weights so far. Without weights or data the report lacks what needs them, and says so.
+
+    Raises:
+      ReportError: there is no run in the directory.
+      OSError: the report cannot be written.
+    """
+    from itself_jax.reporting import examples, history, writing
+
+    directory = workdir.Workdir(path, writes=False)
+    so_far = history.read(directory.path)
+    config = config_lib.from_dict(so_far.config)
+    material, notes = None, ()
+    try:
+        best = weights.of_run(directory.path, log)
+        changes = {"mesh.data": 1, "mesh.model": 1, "sharding": "replicated", "eval.watch": 1}
+        config = fitting.resolve(
+            config_lib.replace(config, changes), best, lambda line: None, training=False
+        )
+        validation_split = splits.read(config, config.dataset, splits.validation_name(config), log)
+        shown = validation_split
+        if so_far.finished:
+            shown = splits.read(config, config.dataset, "test", log)
+        mesh = sharding.make_mesh(config, jax.local_devices()[:1])
+        signals = interrupt.Interrupts()
+        this, variables = _ready(config, directory, mesh, best, shown, signals, ALONE, log)
+        alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
+        alpha = alpha if config.local.enabled else 1.0
+        embeddings = encode(this, variables, shown)
+        material = examples.gather(
+            config,
+            shown,
+            embeddings,
+            alpha,
+            lambda split, captions: this.watcher.pairs(variables, split, captions),
+            validation_split,
+        )
+    except (
+        config_lib.ConfigError,
+        records.DataError,
+        weights.WeightsError,
+        checkpoint.CheckpointError,
+    ) as error:
+        notes = (f"No queries, answers and saliency are shown: {error}",)
+    return writing.write(directory.path, material, config=config, notes=notes)
+
+
+def _followed(
+    config: config_lib.Config, directory: workdir.Workdir, log: Log
+) -> records.Split | None:
+    """The split whose pairs a training in this directory followed; None where there is none."""
+    if not watching.saved(directory.path):
+        return None
+    try:
+        return splits.read(config, config.dataset, splits.validation_name(config), log)
+    except records.DataError:  # a machine may have the test pictures alone
+        return None
+
+
+def _ready(
+    config: config_lib.Config,
+    directory: workdir.Workdir,
+    mesh: jax.sharding.Mesh,
+    best: weights.Weights,
+    watched: records.Split,
+    interrupts: interrupt.Interrupts,
+    ours: hosts.Hosts,
+    log: Log,
+) -> tuple[Run, dict[str, Any]]:
+    """Compiled encoders, and the weights that they run with."""
+    words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
+    with interrupts.compilation():
+        # Classifiers are not needed, so no data set's identities are.
+        training = step.make(config, num_identities=1, steps_per_epoch=(1,) * config.num_epochs)
+        template = encoder_variables(step.state_template(training, mesh))
+        variables = fitting.fit(best, template, config.model, log)
+        encoders = step.compile_encoders(training, template, mesh)
+        watcher = watch(training, template, mesh, watched, words, interrupts)
+    this = Run(config, directory, mesh, training, words, encoders, watcher, interrupts, ours, log)
+    return this, variables

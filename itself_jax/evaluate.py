@@ -148,20 +148,16 @@ def results(
 
 def chance_rank1(split) -> dict[str, float]:
     """R@1 in percent of a random order, by direction, over the queries that have a positive."""
-    found = {}
-    for direction, queries, gallery in (
-        ("t2i", split.caption_ids, split.image_ids),
-        ("i2t", split.image_ids, split.caption_ids),
-    ):
-        ids, counts = np.unique(gallery, return_counts=True)
-        positives = np.asarray(
-            [
-                dict(zip(ids.tolist(), counts.tolist(), strict=True)).get(i, 0)
-                for i in np.asarray(queries).tolist()
-            ]
-        )
-        found[direction] = 100 * float(positives[positives > 0].mean()) / len(gallery)
-    return found
+    people, captions = np.unique(split.caption_ids, return_counts=True)
+    shown, pictures = np.unique(split.image_ids, return_counts=True)
+    _, of_captions, of_images = np.intersect1d(people, shown, return_indices=True)
+    captions, pictures = captions[of_captions], pictures[of_images]
+    # A person with c captions and i pictures is asked for c times, with i right answers each.
+    pairs = 100 * float((captions * pictures).sum())
+    return {
+        "t2i": pairs / float(captions.sum()) / len(split.image_ids),
+        "i2t": pairs / float(pictures.sum()) / len(split.caption_ids),
+    }
 
 
 def write_results(workdir: str | os.PathLike, results: Mapping[str, Any]) -> files.Path:

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from itself_jax import assessment, interrupt, sharding, splits, train, workdir
+from itself_jax import assessment, interrupt, sharding, splits, workdir
 from itself_jax.data import records, tokenizer
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
@@ -142,15 +142,16 @@ def ranked_and_written(
 ) -> tuple[dict, str]:
     """What a run writes and prints when it tests on a split."""
     config, log = tiny.settings(data), []
-    this = train.Run(
+    this = assessment.Run(
         config=config,
         workdir=workdir.Workdir(path),
         mesh=sharding.make_mesh(config),
         training=None,
         tokenizer=tokenizer.Tokenizer(config.model.text_length),
         encoders=(jax.jit(untrained), jax.jit(untrained)),
+        watcher=None,
         interrupts=interrupt.Interrupts(),
-        ours=train.ALONE,
+        ours=assessment.ALONE,
         log=log.append,
     )
     assessment.test(this, {}, 0.5, [split], "val")

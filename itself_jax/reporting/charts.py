@@ -118,22 +118,22 @@ def fusion(history: history_lib.History) -> tuple[content.Chart, ...]:
 
 
 def measured(history: history_lib.History) -> tuple[content.Chart, ...]:
-    """Saliency measured against masks by epoch: a chart a measure, a line a source.
+    """Saliency measured against masks: a chart by epoch for each measure, a line a source.
 
-    The pointing game of single attributes comes last.
+    Of the single layers the best one at the last epoch is drawn. The pointing game of single
+    attributes is one chart, of the tested epoch.
     """
-    sources = sorted({s for table in history.measured.values() for s in table}, key=_place)
-    styles = {s: i for i, s in enumerate(s for s in sources if s != history_lib.CHANCE)}
     found = []
-    order = [*_MEASURED, *sorted(history.measured.keys() - _MEASURED.keys())]
-    for name in order:
+    names = [name for name in history.measured if not name.startswith(_POINTING)]
+    for name in (*_MEASURED, *sorted(set(names) - _MEASURED.keys())):
         table = history.measured.get(name, {})
-        lines = [_Line(s, *table[s], styles[s]) for s in sources if s in table and s in styles]
+        lines = [
+            _Line(label, *table[source], style)
+            for style, (label, source) in enumerate(_shown(table).items())
+        ]
         if not lines:
             continue
         title = _MEASURED.get(name, name.replace("_", " "))
-        if name.startswith(_POINTING):
-            title = f"Pointing game: {name.removeprefix(_POINTING).replace('_', ' ')}"
         told = [f"{line.label} {_told(line, 'epoch', best='highest')}" for line in lines]
         chance = table.get(history_lib.CHANCE)
         if chance is not None and len(chance.at):
@@ -148,9 +148,67 @@ def measured(history: history_lib.History) -> tuple[content.Chart, ...]:
             x="epoch",
             y="share",
             alt=f"{title}, as a share by epoch: {'; '.join(told)}.",
+            bottom=0.0,
         )
         found.append(chart)
-    return tuple(found)
+    return (*found, *_pointing(history))
+
+
+def _shown(table: Mapping[str, history_lib.Series]) -> dict[str, str]:
+    """Which sources of a measure are drawn: label → source."""
+    known = [s for s in sorted(table, key=_place) if s != history_lib.CHANCE and len(table[s].at)]
+    layers = [source for source in known if source.startswith("layer:")]
+    best = max(layers, key=lambda source: table[source].value[-1], default=None)
+    return {
+        f"{source}, the best layer" if source == best and len(layers) > 1 else source: source
+        for source in known
+        if source == best or source not in layers
+    }
+
+
+def _pointing(history: history_lib.History) -> tuple[content.Chart, ...]:
+    """The pointing game by attribute: a row an attribute, a mark a source; at most one chart."""
+    tables = {
+        name.removeprefix(_POINTING): table
+        for name, table in history.measured.items()
+        if name.startswith(_POINTING) and history_lib.CHANCE in table
+    }
+    epochs = sorted({int(at) for table in tables.values() for s in table.values() for at in s.at})
+    if not epochs:
+        return ()
+    epoch = history.best_epoch if history.best_epoch in epochs else epochs[-1]
+
+    def at_epoch(table: Mapping[str, history_lib.Series], source: str) -> float:
+        series = table.get(source)
+        found = np.flatnonzero(series.at == epoch) if series is not None else ()
+        return float(series.value[found[0]]) if len(found) else np.nan
+
+    attributes = sorted(tables, key=lambda name: at_epoch(tables[name], history_lib.CHANCE))
+    sources = [s for s in _SOURCES if any(s in table for table in tables.values())]
+    rows = np.arange(len(attributes))
+    told = []
+    with _axes("share of pictures that show it", "", height=0.9 + 0.26 * len(rows)) as axes:
+        for style, source in enumerate((*sources, history_lib.CHANCE)):
+            values = np.array([at_epoch(tables[name], source) for name in attributes])
+            is_chance = source == history_lib.CHANCE
+            axes.plot(
+                values,
+                rows,
+                label=source,
+                linestyle="",
+                color=_GREY if is_chance else _COLOURS[style % len(_COLOURS)],
+                marker="|" if is_chance else _MARKERS[style % len(_MARKERS)],
+                markersize=10 if is_chance else 5,
+            )
+            listed = zip(attributes, values.tolist(), strict=True)
+            told.append(f"{source} " + ", ".join(f"{a} {v:.2f}" for a, v in listed))
+        axes.set_yticks(rows, [_plain(name.replace("_", " ")) for name in attributes])
+        axes.set_xlim(-0.02, 1.02)
+        _legend(axes)
+        png = _png(axes.figure)
+    title = f"The pointing game by attribute, after epoch {epoch}"
+    alt = f"Share of the pictures in which the most salient patch touches it: {'; '.join(told)}."
+    return (content.Chart("measured-pointing-attributes", title, png, alt),)
 
 
 def similarities(
@@ -332,12 +390,14 @@ def _draw(
 
 
 @contextlib.contextmanager
-def _axes(x: str, y: str) -> Iterator[axes_lib.Axes]:
+def _axes(x: str, y: str, height: float = _SIZE[1]) -> Iterator[axes_lib.Axes]:
     """Empty axes in our style, whatever the user's own, which is back afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
-        drawing = figure.Figure(figsize=_SIZE, dpi=_DPI, facecolor="white", layout="constrained")
+        drawing = figure.Figure(
+            figsize=(_SIZE[0], height), dpi=_DPI, facecolor="white", layout="constrained"
+        )
         backend_agg.FigureCanvasAgg(drawing)
         axes = drawing.add_subplot()
         axes.set_xlabel(x)

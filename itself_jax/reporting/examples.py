@@ -26,7 +26,7 @@ class Material(NamedTuple):
     text_to_image: answers_lib.Answers
     image_to_text: answers_lib.Answers
     overlaid: watching.Pairs  # of that split
-    watched: records.Split  # the split whose pairs were followed through the run
+    watched: records.Split | None  # the split whose pairs were followed through the run, if any
 
 
 def gather(
@@ -35,7 +35,7 @@ def gather(
     embeddings: retrieval.Embeddings,
     alpha: float,
     look: Callable[[records.Split, Int[np.ndarray, " p"]], watching.Pairs],
-    watched: records.Split,
+    watched: records.Split | None,
 ) -> Material:
     """Ranks a split in both directions and looks at some of its pairs.
 
@@ -146,6 +146,8 @@ def evolutions(
     looks: by epoch, as `watching.saved` reads them; those without the source are left out.
     """
     split = material.watched
+    if split is None:
+        return ()
     epochs = sorted(
         epoch
         for epoch, pairs in looks.items()

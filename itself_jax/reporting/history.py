@@ -67,6 +67,7 @@ class History(NamedTuple):
     validation: by split, then by name of the metric (R1, mAP, alpha, …; percent), over epochs.
     measured: saliency against masks as shares: by name (patches_on_person, pointing, …), then by
       source (mars, last, …, chance), over epochs.
+    trained: whether a run of this directory made the weights; else they were evaluated only.
     running: whether a run has the directory now; None where that cannot be known.
     step, epoch: the last ones in the metrics; 0 before the first.
     epochs: after how many the run ends.
@@ -86,6 +87,7 @@ class History(NamedTuple):
     measured: dict[str, dict[str, Series]]
     results: tuple[Result, ...]
     finished: bool
+    trained: bool
     running: bool | None
     step: int
     epoch: int
@@ -94,8 +96,11 @@ class History(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read(path: str | os.PathLike) -> History:
+def read(path: str | os.PathLike, evaluated: config_lib.Config | None = None) -> History:
     """Reads a work directory, also one whose run goes on meanwhile, on a disk or in a bucket.
+
+    evaluated: of an evaluation that wrote its results here; a directory without a run is then read
+      with this configuration.
 
     Raises:
       ReportError: it is no run's, no step has been logged yet, or a file of it is damaged.
@@ -104,12 +109,16 @@ def read(path: str | os.PathLike) -> History:
         directory = workdir.Workdir(path, writes=False)
     except workdir.WorkdirError as error:
         raise ReportError(str(error)) from error
-    saved = _saved_config(directory.path)
-    config = saved["config"]
     notes: list[str] = []
     tables = _Tables()
-    for number, record in _records(directory.path / "metrics.jsonl", notes):
-        tables.add(record, f"{directory.path / 'metrics.jsonl'}, line {number}")
+    if evaluated is not None and not (directory.path / "config.json").exists():
+        saved: dict[str, Any] = {"config": config_lib.to_dict(evaluated)}
+        notes.append("These weights were evaluated only: their training left nothing here.")
+    else:
+        saved = _saved_config(directory.path)
+        for number, record in _records(directory.path / "metrics.jsonl", notes):
+            tables.add(record, f"{directory.path / 'metrics.jsonl'}, line {number}")
+    config = saved["config"]
     finished = directory.finished()
     validation = {split: _series(table) for split, table in tables.validation.items()}
     return History(
@@ -125,6 +134,7 @@ def read(path: str | os.PathLike) -> History:
         measured={name: _series(table) for name, table in tables.measured.items()},
         results=_results(directory.path / "results", config.get("dataset"), notes),
         finished=finished is not None,
+        trained="versions" in saved,
         running=False if finished is not None else directory.is_in_use(),
         step=tables.step,
         epoch=tables.epoch,
@@ -147,6 +157,8 @@ def title(history: History) -> str:
 
 def state(history: History) -> str:
     """How far the run has come: "finished", "epoch 5 of 14, still running"."""
+    if not history.trained:
+        return "evaluated only"
     if history.finished:
         return "finished"
     end = {True: "still running", False: "stopped", None: "not finished"}[history.running]
@@ -166,10 +178,10 @@ def facts(history: History) -> tuple[tuple[str, str], ...]:
         ]
         where = f"R@1, {result.dataset} {result.split}"
         found.append((where, f"{', '.join(scores)} (α = {result.chosen_alpha:g})"))
-    found += [
-        ("Directory", str(history.path)),
-        ("Steps", f"{history.step:,}, in epoch {history.epoch} of {history.epochs}"),
-    ]
+    found.append(("Directory", str(history.path)))
+    if history.trained:
+        steps = f"{history.step:,}, in epoch {history.epoch} of {history.epochs}"
+        found.append(("Steps", steps))
     if history.best_epoch is not None:
         label = "Tested epoch" if history.finished else "Best epoch so far"
         found.append((label, str(history.best_epoch)))

@@ -96,27 +96,33 @@ def test_the_fusion_chart_tells_both_ends_the_best_chance_and_oracle(make_run):
     )
 
 
-def test_measured_saliency_has_a_line_for_each_source_in_order_of_depth(make_run):
+def test_measured_saliency_has_a_line_for_each_source_and_the_best_layer(make_run):
     (chart,) = charts.measured(history_lib.read(make_run()))
     assert chart.name == "measured-patches_on_person"
     assert chart.alt == (
         "Kept patches that touch the person, as a share by epoch: mars from 0.25 at epoch 1 to "
-        "0.75 at epoch 3, highest 0.75 at epoch 3; layer:2 0.4 throughout; layer:10 0.5 "
-        "throughout; chance 0.3 throughout."
+        "0.75 at epoch 3, highest 0.75 at epoch 3; layer:10, the best layer 0.5 throughout; "
+        "chance 0.3 throughout."
     )
 
 
-def test_single_attributes_of_the_pointing_game_come_last(make_run):
+def test_the_pointing_game_of_attributes_is_one_chart_and_comes_last(make_run):
     history = history_lib.read(make_run())
-    once = {"mars": series([1], [0.5])}
-    names = ("pointing_upper_body", "another", "pointing", "words_on_named")
-    found = charts.measured(history._replace(measured=dict.fromkeys(names, once)))
+    table = {"mars": series([1, 3], [0.5, 0.75]), "chance": series([1, 3], [0.25, 0.25])}
+    names = ("pointing_hat", "another", "pointing", "pointing_shoes", "words_on_named")
+    measured = dict.fromkeys(names, table)
+    measured["pointing_hat"] = {**table, "chance": series([1, 3], [0.125, 0.125])}
+    found = charts.measured(history._replace(measured=measured, best_epoch=1))
     assert [chart.title for chart in found] == [
         "Kept words that name an attribute",
         "Pointing game: the most salient patch touches the attribute",
         "another",
-        "Pointing game: upper body",
+        "The pointing game by attribute, after epoch 1",
     ]
+    assert found[-1].alt == (
+        "Share of the pictures in which the most salient patch touches it: mars hat 0.50, shoes "
+        "0.50; chance hat 0.12, shoes 0.25."
+    )
 
 
 def test_similarities_are_shares_of_their_own_sum():

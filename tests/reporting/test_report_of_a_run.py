@@ -1,0 +1,164 @@
+"""The report of a run: what it shows is what the run's own results say."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from itself_jax import assessment
+from itself_jax import config as config_lib
+from itself_jax.data import records
+from itself_jax.reporting import drawing, history
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    config = tiny.settings(data, eval__watch=2, eval__dump_embeddings=True)
+    return tiny.run(config, tmp_path_factory.mktemp("runs") / "run")
+
+
+def page(run, name="index.html"):
+    return (run / "report" / name).read_text(encoding="utf-8")
+
+
+def test_a_run_writes_its_report_at_its_end(run):
+    text = page(run)
+    for heading in ("Results", "Text → image", "Image → text", "Saliency", "Notes"):
+        assert heading.lower() in re.sub(r"<[^>]+>", " ", text).lower(), heading
+    assert "finished" in text and len(text) < 8e6
+    assert not re.search(r"(src|href)=[\"']?https?:", text)
+    chosen = tiny.results(run)
+    row = next(
+        r
+        for r in chosen["rows"]
+        if r["direction"] == "t2i" and r["similarity"].startswith(("local", "global", "fused"))
+    )
+    assert f"{row['R1']:.2f}" in text
+
+
+def test_measures_are_in_the_metrics_of_each_validation(run):
+    lines = [line for line in tiny.metrics(run) if "split" in line]
+    assert len(lines) == 3
+    for line in lines:
+        for name in ("patches_on_person", "patches_on_named", "pointing", "words_on_named"):
+            for source in ("mars", "last", "layer:0", "mean", "std", "chance"):
+                assert 0 <= line[f"saliency/{name}/{source}"] <= 1
+    assert sorted(p.name for p in (run / "saliency").iterdir()) == [
+        f"epoch-00{epoch}.npz" for epoch in (1, 2, 3)
+    ]
+
+
+def test_ranks_in_the_report_are_those_of_the_embeddings(run):
+    with np.load(run / "embeddings-synthetic-test.npz") as saved:
+        arrays = dict(saved)
+    alpha = tiny.results(run)["chosen_alpha"]
+
+    def cosine(a, b):
+        a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+        return a @ b.T
+
+    similarity = alpha * cosine(arrays["text_global"], arrays["image_global"]) + (
+        1 - alpha
+    ) * cosine(arrays["text_local"], arrays["image_local"])
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    right = arrays["text_ids"][:, None] == arrays["image_ids"][order]
+    worst = int((1 + right.argmax(axis=1)).max())
+    assert re.search(rf"\b{worst}\b", re.sub(r"<[^>]+>", " ", page(run, "failures.html")))
+    chance = tiny.results(run)["chance_R1"]
+    # 6 people with 2 pictures and 4 captions each: 2 of 12, 4 of 24.
+    assert chance == pytest.approx({"t2i": 100 / 6, "i2t": 100 / 6})
+
+
+def test_the_command_writes_the_same_report_again(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    before = page(copy)
+    shutil.rmtree(copy / "report")
+    done = subprocess.run(
+        [sys.executable, "-m", "itself_jax.report", str(copy)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"Report: {copy / 'report' / 'index.html'}"
+    strip = re.compile(r"\d+\.\d+ pairs|" + re.escape(str(run)) + "|" + re.escape(str(copy)))
+    numbers = re.compile(r"similarity[^0-9]*([0-9.]+)")
+    assert numbers.findall(strip.sub("", page(copy))) == numbers.findall(strip.sub("", before))
+
+
+def test_a_run_that_goes_on_shows_its_validation_and_lacks_nothing_else(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "report")
+    shutil.rmtree(copy / "results")
+    (copy / "finished.json").unlink()
+    with open(copy / "metrics.jsonl", "a") as file:
+        file.write('{"step": 17, "lo')
+    assessment.report_only(copy, lambda line: None)
+    text = page(copy)
+    assert "epoch 3 of 3" in text and "half-written" in text
+    assert "<figure" in text
+
+
+def test_without_weights_or_pictures_the_page_says_so(run, data, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints")
+    assessment.report_only(copy, lambda line: None)
+    assert "No queries, answers and saliency are shown" in page(copy)
+
+
+def test_no_run_is_one_sentence(tmp_path):
+    with pytest.raises(history.ReportError, match=r"config\.json does not exist"):
+        assessment.report_only(tmp_path, lambda line: None)
+    done = subprocess.run(
+        [sys.executable, "-m", "itself_jax.report"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "give one work directory" in done.stderr
+
+
+def test_a_missing_picture_leaves_a_gap(run, data, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())["config"]
+    split = assessment.splits.read(
+        config_lib.from_dict(config), "synthetic", "test", lambda line: None
+    )
+
+    class Gone:
+        def __len__(self):
+            return len(split.images)
+
+        def load(self, index, size):
+            raise records.DataError("gone")
+
+    import dataclasses
+
+    gone = dataclasses.replace(split, images=Gone())
+    model = config_lib.from_dict(config).model
+    assert drawing.crop(gone, 0, model) == (split.image_paths[0], None)
+
+
+def test_heat_outlines_what_is_kept():
+    model = tiny.settings("x").model  # 4 x 2 patches
+    picture = Image.new("RGB", (120, 240), "white")
+    saliency = np.asarray([0.0, 0, 0, 1, 0, 0, 0, 0], np.float32)
+    drawn = Image.open(io.BytesIO(drawing.heat(picture, saliency, np.asarray([3]), model)))
+    pixels = np.asarray(drawn.convert("RGB")).astype(int)
+    # Patch 3 is row 1, column 1: x 60..120, y 60..120. Its left side is a white line on black.
+    assert (pixels[90, 59:62] > 240).all(axis=1).any()
+    assert (pixels[90, 57:64] < 40).all(axis=1).any()
+    # Inside it is the brightest colour of the map, elsewhere the darkest one.
+    assert pixels[90, 90, 0] > pixels[30, 30, 0]
+    # No other patch is outlined.
+    assert not (pixels[178:183, 30] < 40).all(axis=1).any()
