@@ -3,7 +3,7 @@
 `retrieval.rank` gives the metrics and keeps no answer; a report wants to show some.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def _block(
     query_ids: Int[Array, " q"],
     gallery_ids: Int[Array, " g"],
     top: int,
-) -> tuple[Array, ...]:
+) -> Any:
     exact = jax.lax.Precision.HIGHEST
     similarity = sum(
         jnp.matmul(q, g.T, precision=exact) for q, g in zip(queries, gallery, strict=True)

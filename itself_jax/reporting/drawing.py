@@ -95,11 +95,6 @@ def _outline(
 
 def _inside(line: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Lines on the border of a picture would be cut in half."""
-    x0, y0, x1, y1 = line
-    width, height = size
-    return (
-        min(max(x0, 1), width - 2),
-        min(max(y0, 1), height - 2),
-        min(max(x1, 1), width - 2),
-        min(max(y1, 1), height - 2),
-    )
+    x0, x1 = (float(min(max(x, 1), size[0] - 2)) for x in line[::2])
+    y0, y1 = (float(min(max(y, 1), size[1] - 2)) for y in line[1::2])
+    return x0, y0, x1, y1
