@@ -73,8 +73,8 @@ def _normalised(x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 @jax.jit(static_argnums=4)
 def _block(
-    queries: list[Float[Array, "q d"]],
-    gallery: list[Float[Array, "g d"]],
+    queries: list[Float[Array, "q _"]],
+    gallery: list[Float[Array, "g _"]],
     query_ids: Int[Array, " q"],
     gallery_ids: Int[Array, " g"],
     top: int,

@@ -97,20 +97,18 @@ def _strip(
             if by_text
             else {"caption": split.captions[index]}
         )
-        return content.Hit(rank, bool(ids[index] == owner), float(similarity), **shown)
+        return content.Hit(rank, bool(ids[index] == owner), similarity, **shown)
 
     first = int(answers.first_right[query])
+    ranked = zip(answers.top[query].tolist(), answers.top_similarity[query].tolist(), strict=True)
     return content.Strip(
         kind=kind,
         first_right=first,
         gallery=len(ids),
         hits=tuple(
-            hit(rank, int(index), similarity)
-            for rank, (index, similarity) in enumerate(
-                zip(answers.top[query], answers.top_similarity[query], strict=True), start=1
-            )
+            hit(rank, index, similarity) for rank, (index, similarity) in enumerate(ranked, start=1)
         ),
-        right=hit(first, int(answers.right[query]), answers.right_similarity[query]),
+        right=hit(first, int(answers.right[query]), float(answers.right_similarity[query])),
         caption=split.captions[query] if by_text else None,
         crop=None if by_text else drawing.crop(split, query, model),
     )

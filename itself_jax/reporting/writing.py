@@ -59,7 +59,7 @@ def write(
         if not evolutions:
             notes += ("No epoch of this run left what its model looked at, so no change is shown.",)
     if not history.measured:
-        notes += ("The data set has no masks, so saliency is shown and not measured.",)
+        notes += ("Saliency is not measured: the data set has no masks, or the run did not watch.",)
     report = content.Report(
         title=history_lib.title(history),
         state=history_lib.state(history),
