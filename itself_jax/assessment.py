@@ -23,7 +23,7 @@ from itself_jax import (
 )
 from itself_jax import config as config_lib
 from itself_jax import meter as meter_lib
-from itself_jax.data import masks, pipeline, records, synthetic, tokenizer
+from itself_jax.data import masks, pipeline, records, remote, synthetic, tokenizer
 from itself_jax.models import itself
 
 Log = Callable[[str], None]
@@ -47,7 +47,7 @@ class Run(NamedTuple):
     training: step.Training
     tokenizer: tokenizer.Tokenizer
     encoders: tuple[Callable[..., Any], Callable[..., Any]]
-    watcher: watching.Watcher | None  # of the validation split
+    watcher: watching.Watcher | None  # of the split to look at: val in training, else the shown one
     interrupts: interrupt.Interrupts
     ours: hosts.Hosts
     log: Log
@@ -73,7 +73,8 @@ def evaluate_only(
     log = meter_lib.print_line if ours.leads else lambda line: None
     directory = workdir.Workdir(path, writes=ours.leads)
     ours.agree({"--mode": "eval", "--workdir": str(path), **facts(config)})
-    if config.init_from is None or started_from(directory, config.init_from):
+    is_own = config.init_from is None or started_from(directory, config.init_from)
+    if is_own:
         best = weights.of_run(directory.path, log, ours)
     else:
         best = weights.open_(config.init_from, log, ours)
@@ -99,7 +100,8 @@ def evaluate_only(
         log(f"Testing {describe_weights(best)}.")
         protocol = best.protocol or config.eval.protocol
         tested = test(this, variables, alpha, test_splits, protocol)
-        report(this, variables, tested, _followed(config, directory, log))
+        watched = _followed(config, directory, log) if is_own else None
+        report(this, variables, tested, watched, is_own=is_own)
 
 
 def started_from(directory: workdir.Workdir, source: str) -> bool:
@@ -214,7 +216,7 @@ def look(this: Run, variables: dict[str, Any], epoch: int) -> dict[str, float]:
         return {}
     pairs, measured = this.watcher.look(variables)
     if this.ours.leads:
-        watching.save(this.workdir.path, epoch, pairs)
+        watching.save(this.workdir, epoch, pairs)
     return measured
 
 
@@ -268,17 +270,25 @@ def report(
     variables: dict[str, Any],
     tested: Tested,
     watched: records.Split | None,
+    *,
+    is_own: bool,
 ) -> None:
-    """Writes `report/`, by the process that writes.
+    """Writes `report/`, by the process that writes; what keeps it from that is said in the log.
 
     watched: the split whose pairs were followed in training, if it is at hand.
+    is_own: the weights are those of the directory's own run.
     """
     if this.watcher is None:
         return
     try:
-        from itself_jax.reporting import examples, writing
+        from itself_jax.reporting import examples, history, writing
     except ImportError as error:  # a machine for training may lack what draws
-        this.log(f"No report ({error}): pip install -r requirements.txt has all it needs.")
+        missing = str(error)
+    else:
+        missing = ""
+    if not this.ours.all_true(not missing):  # they look at examples together
+        reason = missing or "another process lacks what draws it"
+        this.log(f"No report ({reason}): requirements.txt has all it needs.")
         return
     material = examples.gather(
         this.config,
@@ -287,10 +297,22 @@ def report(
         tested.alpha,
         lambda split, captions: this.watcher.pairs(variables, split, captions),
         watched,
+        should_stop=this.interrupts.check,
     )
-    if this.ours.leads:
-        path = writing.write(this.workdir.path, material, config=this.config)
+    if not this.ours.leads:
+        return
+    try:
+        evaluated = None if is_own else this.config
+        path = writing.write(this.workdir.path, material, evaluated=evaluated)
+    except history.ReportError as error:
+        this.log(f"No report: {error}")
+    else:
         this.log(f"Report: {path}")
+
+
+def has_report(directory: workdir.Workdir) -> bool:
+    """Whether `report` has written one there."""
+    return (directory.path / "report" / "index.html").exists()
 
 
 def report_only(path: str | os.PathLike, log: Log) -> files.Path:
@@ -305,42 +327,44 @@ def report_only(path: str | os.PathLike, log: Log) -> files.Path:
     """
     from itself_jax.reporting import examples, history, writing
 
+    so_far = history.read(path)
+    if so_far.running:  # it has the accelerators
+        jax.config.update("jax_platforms", "cpu")
     directory = workdir.Workdir(path, writes=False)
-    so_far = history.read(directory.path)
-    config = config_lib.from_dict(so_far.config)
     material, notes = None, ()
     try:
         best = weights.of_run(directory.path, log)
         changes = {"mesh.data": 1, "mesh.model": 1, "sharding": "replicated", "eval.watch": 1}
-        config = fitting.resolve(
-            config_lib.replace(config, changes), best, lambda line: None, training=False
-        )
-        validation_split = splits.read(config, config.dataset, splits.validation_name(config), log)
-        shown = validation_split
+        changes |= {"precision": so_far.compute_dtype, "attention": "plain"}
+        config = config_lib.replace(config_lib.from_dict(so_far.config), changes)
+        config = fitting.resolve(config, best, lambda line: None, training=False)
         if so_far.finished:
             shown = splits.read(config, config.dataset, "test", log)
+            watched = _followed(config, directory, log)
+        else:
+            shown = splits.read(config, config.dataset, splits.validation_name(config), log)
+            watched = shown
         mesh = sharding.make_mesh(config, jax.local_devices()[:1])
         signals = interrupt.Interrupts()
         this, variables = _ready(config, directory, mesh, best, shown, signals, ALONE, log)
         alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
-        alpha = alpha if config.local.enabled else 1.0
-        embeddings = encode(this, variables, shown)
         material = examples.gather(
             config,
             shown,
-            embeddings,
-            alpha,
+            encode(this, variables, shown),
+            alpha if config.local.enabled else 1.0,
             lambda split, captions: this.watcher.pairs(variables, split, captions),
-            validation_split,
+            watched,
         )
     except (
         config_lib.ConfigError,
         records.DataError,
+        remote.CopyError,
         weights.WeightsError,
         checkpoint.CheckpointError,
     ) as error:
         notes = (f"No queries, answers and saliency are shown: {error}",)
-    return writing.write(directory.path, material, config=config, notes=notes)
+    return writing.write(directory.path, material, notes=notes)
 
 
 def _followed(
@@ -351,7 +375,7 @@ def _followed(
         return None
     try:
         return splits.read(config, config.dataset, splits.validation_name(config), log)
-    except records.DataError:  # a machine may have the test pictures alone
+    except (records.DataError, remote.CopyError):  # a machine may have the test pictures alone
         return None
 
 

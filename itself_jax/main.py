@@ -1,7 +1,7 @@
 """Trains or evaluates: `python -m itself_jax.main --config=configs/NAME.py --workdir=DIR`.
 
-Flags become a config, then `train.run` or `train.evaluate_only`. Exit codes: 0 done, 1 failed with
-one sentence, 2 flag or config rejected, 75 stopped by a signal after saving, or by the loss of
+Flags become a config, then `train.run` or `assessment.evaluate_only`. Exit codes: 0 done, 1 failed
+with one sentence, 2 flag or config rejected, 75 stopped by a signal after saving, or by the loss of
 another process.
 """
 

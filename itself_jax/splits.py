@@ -9,7 +9,7 @@ import numpy as np
 
 from itself_jax import config as config_lib
 from itself_jax import weights
-from itself_jax.data import datasets, pipeline, records, remote, synthetic, tokenizer
+from itself_jax.data import datasets, masks, pipeline, records, remote, synthetic, tokenizer
 
 Log = Callable[[str], None]
 
@@ -75,12 +75,21 @@ def stream(
     )
 
 
-def folder(config: config_lib.Config, log: Log) -> pathlib.Path:
-    """Where the files of `config.dataset` lie."""
+def masks_of(config: config_lib.Config, split: records.Split, log: Log) -> masks.Truth | None:
+    """The masks beside the files of `config.dataset`, where it has some; not those in buckets.
+
+    Raises:
+      DataError: they are there and cannot be used.
+    """
     if config.dataset == "synthetic":
-        return synthetic_folder(config, log)
-    root = pathlib.Path(config.data_root)
-    return root if root.is_dir() else root.parent
+        return masks.find(synthetic_folder(config, log), split)
+    if not remote.is_local(config.data_root):
+        return None
+    try:
+        file = datasets.annotation(config.dataset, remote.path(config.data_root))
+    except records.MissingError:  # a packed set without its files
+        return None
+    return masks.find(pathlib.Path(file).parent, split)
 
 
 def synthetic_folder(config: config_lib.Config, log: Log) -> pathlib.Path:

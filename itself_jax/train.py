@@ -26,7 +26,7 @@ from itself_jax import (
 from itself_jax import config as config_lib
 from itself_jax import meter as meter_lib
 from itself_jax.data import batch as batch_lib
-from itself_jax.data import masks, records, tokenizer
+from itself_jax.data import records, tokenizer
 
 Log = Callable[[str], None]
 
@@ -99,13 +99,16 @@ def _run(
     check_shared(directory, ours)
     if finished := directory.finished():
         log(f"{directory.path} is finished (best epoch {finished['best_epoch']}): see results/.")
+        if config.eval.watch and not assessment.has_report(directory):
+            log(f"Its report was not written: python -m itself_jax.report {directory.path}")
         return
 
     train_split = splits.read(config, config.dataset, "train", log)
     validation_split = splits.read(config, config.dataset, splits.validation_name(config), log)
     # Read now, used at the end: hours of training must not end at a misspelt folder.
     test_splits = splits.read_tests(config, log)
-    ours.agree(splits.facts([train_split, validation_split, *test_splits], pretrained))
+    truth = splits.masks_of(config, validation_split, log) if config.eval.watch else None
+    ours.agree(splits.facts([train_split, validation_split, *test_splits], pretrained, truth))
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     stream = splits.stream(config, train_split, words, shard=sharding.host_rows(mesh))
     # Everything is compiled before the first step, so that no later signal meets a compiler.
@@ -134,7 +137,7 @@ def _run(
             validation_split,
             words,
             interrupts,
-            masks.find(splits.folder(config, log), validation_split),
+            truth,
         )
         train_step = step.compile_step(training, template, mesh)
     this = assessment.Run(
@@ -216,7 +219,7 @@ def _run(
         variables = fitting.fit(best, assessment.encoder_variables(template), config.model, log)
         tested = assessment.test(this, variables, alpha, test_splits, best.protocol)
         directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
-        assessment.report(this, variables, tested, validation_split)
+        assessment.report(this, variables, tested, validation_split, is_own=True)
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")
 
 

@@ -4,7 +4,7 @@
 """
 
 import functools
-import pathlib
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from itself_jax import files, grounding, sharding, step
+from itself_jax import config as config_lib
+from itself_jax import files, grounding, sharding, step, workdir
 from itself_jax.data import masks, pipeline, records, tokenizer
 from itself_jax.models import itself
 
@@ -24,6 +25,8 @@ class Pairs(NamedTuple):
 
     sources: names as `local.saliency` has them, the first axis of the others.
     captions: which captions of the split; each with its own picture.
+    texts, pictures: the captions themselves, and their pictures' paths as in the annotation.
+    grid: rows and columns of patches.
     image_*: over all tokens, CLS first; of `indices` the most salient first.
     text_*: over `text_length` tokens; `text_valid` is False where a caption has no more words.
     entropy: of each layer's attention, in nats, mean over the pairs: (image, text).
@@ -31,6 +34,9 @@ class Pairs(NamedTuple):
 
     sources: tuple[str, ...]
     captions: Int[np.ndarray, " p"]
+    texts: tuple[str, ...]
+    pictures: tuple[str, ...]
+    grid: tuple[int, int]
     image_saliency: Float[np.ndarray, "s p n"]
     image_indices: Int[np.ndarray, "s p k"]
     text_saliency: Float[np.ndarray, "s p t"]
@@ -38,6 +44,17 @@ class Pairs(NamedTuple):
     text_valid: Bool[np.ndarray, "s p j"]
     image_entropy: Float[np.ndarray, " l"]
     text_entropy: Float[np.ndarray, " r"]
+
+    def are_of(self, split: records.Split, model: config_lib.Model) -> bool:
+        """Whether they are pairs of this split, seen at the sizes of this model."""
+        return (
+            self.grid == model.grid
+            and self.text_saliency.shape[2] == model.text_length
+            and bool((self.captions < len(split.captions)).all())
+            and self.texts == tuple(split.captions[i] for i in self.captions)
+            and self.pictures
+            == tuple(split.image_paths[split.caption_images[i]] for i in self.captions)
+        )
 
 
 class Attention(NamedTuple):
@@ -102,16 +119,20 @@ class Watcher:
             seen.image.rows(self._split.caption_images[self.captions]),
             seen.text.rows(self.captions),
         )
-        return self._as_pairs(chosen, self.captions), self._measure(seen)
+        return self._as_pairs(chosen, self._split, self.captions), self._measure(seen)
 
     def pairs(self, variables: Any, split: records.Split, captions: Int[np.ndarray, " p"]) -> Pairs:
         """The same of any pairs of any split: captions by index, each with its own picture."""
-        return self._as_pairs(self._see(variables, split.pairs(captions)), captions)
+        return self._as_pairs(self._see(variables, split.pairs(captions)), split, captions)
 
-    def _as_pairs(self, seen: Seen, captions: np.ndarray) -> Pairs:
+    def _as_pairs(self, seen: Seen, split: records.Split, captions: np.ndarray) -> Pairs:
+        pairs = split.pairs(captions)
         return Pairs(
             sources=self._sources,
             captions=np.asarray(captions, np.int32),
+            texts=pairs.captions,
+            pictures=pairs.image_paths,
+            grid=self._training.config.model.grid,
             image_saliency=seen.image.saliency,
             image_indices=seen.image.indices,
             text_saliency=seen.text.saliency,
@@ -198,26 +219,31 @@ def followed(split: records.Split, pairs: int) -> Int[np.ndarray, " p"]:
     return np.sort(first)[:pairs].astype(np.int32)
 
 
-def save(workdir: files.Path, epoch: int, pairs: Pairs) -> None:
-    """Writes `saliency/epoch-NNN.npz`, as a whole."""
+def save(directory: workdir.Workdir, epoch: int, pairs: Pairs) -> None:
+    """Writes `saliency/epoch-NNN.npz`, as a whole, by the process that writes.
+
+    Raises:
+      WorkdirError: the disk is full or the directory cannot be written.
+    """
     arrays = {name: np.asarray(x) for name, x in pairs._asdict().items()}
-    arrays["sources"] = np.asarray(pairs.sources, np.str_)
-    files.write(workdir / FOLDER / f"epoch-{epoch:03d}.npz", lambda file: np.savez(file, **arrays))
+    name = f"{FOLDER}/epoch-{epoch:03d}.npz"
+    directory.write(name, lambda file: np.savez(file, **arrays))
 
 
-def saved(workdir: files.Path) -> dict[int, Pairs]:
-    """What `save` left, by epoch; files that cannot be read are left out."""
+def saved(directory: files.Path) -> dict[int, Pairs]:
+    """What `save` left in a work directory, by epoch; what cannot be read is left out."""
     found = {}
-    folder = workdir / FOLDER
+    folder = directory / FOLDER
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        name = pathlib.PurePath(path.name)
-        if name.suffix != ".npz" or not name.stem.removeprefix("epoch-").isdigit():
+        number = path.name.removeprefix("epoch-").removesuffix(".npz")
+        if not number.isdigit():
             continue
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 values = {field: arrays[field] for field in Pairs._fields}
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             continue
-        values["sources"] = tuple(map(str, values["sources"]))
-        found[int(name.stem.removeprefix("epoch-"))] = Pairs(**values)
+        for field in ("sources", "texts", "pictures", "grid"):
+            values[field] = tuple(values[field].tolist())
+        found[int(number)] = Pairs(**values)
     return found

@@ -16,8 +16,8 @@ import platform
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO
 
 import jax
 import tensorboardX
@@ -159,7 +159,7 @@ class Workdir:
         return False  # whoever left the lock behind was killed
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Marks the run as complete; the very last thing it writes."""
+        """Marks the run as complete: only its report is written afterwards."""
         self.write_json(_FINISHED, summary)
 
     def write_json(self, name: str, content: Any) -> files.Path:
@@ -168,12 +168,19 @@ class Workdir:
         Raises:
           WorkdirError: the disk is full or the directory cannot be written.
         """
-        path = self.path / name
-        if not self._writes:
-            return path
         text = json.dumps(content, indent=2) + "\n"
-        with self._writing():
-            files.write(path, lambda file: file.write(text.encode()))
+        return self.write(name, lambda file: file.write(text.encode()))
+
+    def write(self, name: str, content: Callable[[BinaryIO], Any]) -> files.Path:
+        """Writes a file of this directory as a whole, by the process that writes.
+
+        Raises:
+          WorkdirError: the disk is full or the directory cannot be written.
+        """
+        path = self.path / name
+        if self._writes:
+            with self._writing():
+                files.write(path, content)
         return path
 
     def cut_metrics(self, step: int, *, validated: bool) -> None:

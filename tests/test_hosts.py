@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from itself_jax import config as config_lib
-from itself_jax import hosts
+from itself_jax import hosts, watching
 from itself_jax.data import datasets, pipeline, synthetic
 
 # What each process does; its index is the first argument.
@@ -365,7 +365,8 @@ def test_two_processes_train_as_one_and_stop_and_go_on_in_any_number(tmp_path):
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
     def run(workdir, processes, *changes, stop_at=None):
-        commands = [main_job(tmp_path / workdir, data, *changes)] * processes
+        job = main_job(tmp_path / workdir, data, "--config.eval.watch=2", *changes)
+        commands = [job] * processes
         with started(commands, devices=8 // processes, **cache) as running:
             if stop_at is not None:
                 wait_for_step(tmp_path / workdir, stop_at, running)
@@ -388,6 +389,11 @@ def test_two_processes_train_as_one_and_stop_and_go_on_in_any_number(tmp_path):
     assert ours == pytest.approx(expected, rel=0.02)
     queries = json.loads((tmp_path / "two/results/synthetic-test.json").read_text())["queries"]
     assert queries == 24
+    # What it looked at is followed by both, and kept and shown by the one that writes.
+    looked, wanted = (watching.saved(tmp_path / name) for name in ("two", "one"))
+    assert list(looked) == list(wanted) == [1, 2, 3]
+    np.testing.assert_allclose(looked[1].image_saliency, wanted[1].image_saliency, rtol=1e-3)
+    assert (tmp_path / "two/report/index.html").read_text().count("<h2>") == 8
 
 
 # Runs the main job with something of it replaced: the faults of one process.

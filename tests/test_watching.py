@@ -1,11 +1,13 @@
 """What a run looks at: followed pairs, and measures of a split with masks."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from itself_jax import sharding, splits, step, watching
-from itself_jax.data import masks, tokenizer
+from itself_jax import assessment, sharding, splits, step, watching, workdir
+from itself_jax.data import tokenizer
 from itself_jax.models import itself, saliency
 from tests import tiny
 
@@ -41,7 +43,7 @@ def split(config):
 def looked(config, model, split):
     training, mesh, variables = model
     words = tokenizer.Tokenizer(config.model.text_length)
-    truth = masks.find(splits.folder(config, lambda line: None), split)
+    truth = splits.masks_of(config, split, lambda line: None)
     with_masks = watching.Watcher(training, variables, mesh, split, words, truth=truth, pairs=2)
     without = watching.Watcher(training, variables, mesh, split, words, pairs=2)
     return with_masks.look(variables), without.look(variables), words
@@ -111,18 +113,28 @@ def test_the_batch_size_changes_nothing(config, model, split, looked):
     (pairs, measured), _, words = looked
     small = tiny.settings(config.data_root, eval__watch=2, eval__batch_size=5)
     other = step.make(small, num_identities=5, steps_per_epoch=(1, 1, 1))
-    truth = masks.find(splits.folder(config, lambda line: None), split)
+    truth = splits.masks_of(config, split, lambda line: None)
     watcher = watching.Watcher(other, variables, mesh, split, words, truth=truth, pairs=2)
     again, same = watcher.look(variables)
     np.testing.assert_array_equal(again.image_indices, pairs.image_indices)
     assert same == pytest.approx(measured)
 
 
-def test_a_baseline_is_measured_too(data):
+def test_a_baseline_is_measured_too(data, split):
     """Nothing is selected without a local branch; the encoders look at something all the same."""
-    config = tiny.settings(data, local__enabled=False)
-    sources = itself.attention_sources(config.model, config.local)
-    assert tuple(sources) == SOURCES
+    config = tiny.settings(data, local__enabled=False, eval__batch_size=8)
+    training = step.make(config, num_identities=5, steps_per_epoch=(1, 1, 1))
+    mesh = sharding.make_mesh(config)
+    template = step.state_template(training, mesh)
+    variables = assessment.encoder_variables(step.init_state(training, template, 3))
+    assert not any("grab" in name for name in variables["params"])
+    words = tokenizer.Tokenizer(config.model.text_length)
+    truth = splits.masks_of(config, split, lambda line: None)
+    watcher = watching.Watcher(training, variables, mesh, split, words, truth=truth, pairs=2)
+    pairs, measured = watcher.look(variables)
+    # At the ratio of inference: int(0.4 * 8) patches, int(0.4 * 14) words.
+    assert pairs.image_indices.shape == (6, 2, 3) and pairs.text_indices.shape == (6, 2, 5)
+    assert 0 < measured["saliency/patches_on_person/mars"] <= 1
 
 
 def test_a_source_of_the_run_that_is_no_usual_one_is_looked_at(data):
@@ -134,15 +146,31 @@ def test_a_source_of_the_run_that_is_no_usual_one_is_looked_at(data):
 
 def test_what_was_seen_is_kept_whole_and_read_back(tmp_path, looked):
     (pairs, _), _, _ = looked
-    watching.save(tmp_path, 3, pairs)
-    watching.save(tmp_path, 12, pairs)
-    (tmp_path / "saliency" / "epoch-004.npz").write_bytes(b"half a fi")
-    (tmp_path / "saliency" / "notes.txt").write_text("mine")
-    found = watching.saved(tmp_path)
+    directory = workdir.Workdir(tmp_path / "run")
+    watching.save(directory, 3, pairs)
+    watching.save(directory, 12, pairs)
+    folder = tmp_path / "run" / "saliency"
+    whole = (folder / "epoch-003.npz").read_bytes()
+    for number, damaged in enumerate((whole[:-100], whole[:50], b"", b"half a fi"), start=20):
+        (folder / f"epoch-0{number}.npz").write_bytes(damaged)
+    (folder / "notes.txt").write_text("mine")
+    found = watching.saved(tmp_path / "run")
     assert list(found) == [3, 12]
     for name, value in found[12]._asdict().items():
         np.testing.assert_array_equal(value, getattr(pairs, name))
     assert watching.saved(tmp_path / "nothing") == {}
+    watching.save(workdir.Workdir(tmp_path / "run", writes=False), 5, pairs)
+    assert list(watching.saved(tmp_path / "run")) == [3, 12]
+
+
+def test_pairs_know_whose_they_are(config, split, looked):
+    (pairs, _), _, _ = looked
+    assert pairs.are_of(split, config.model)
+    others = split.pairs(np.arange(len(split.captions))[::-1])
+    assert not pairs.are_of(others, config.model)
+    assert not pairs.are_of(split.single_caption().pairs([0]), config.model)
+    for size in ({"image_size": (48, 16)}, {"text_length": 20}):
+        assert not pairs.are_of(split, dataclasses.replace(config.model, **size))
 
 
 def test_the_first_caption_of_each_of_the_first_people_is_followed(split):

@@ -41,10 +41,12 @@ class Truth(NamedTuple):
         path = self.folder / "masks" / f"{self.names[index].rsplit('.', 1)[0]}.png"
         try:
             with Image.open(path) as mask:
-                labels = np.asarray(mask).astype(np.uint8)
+                labels = np.asarray(mask)
             if labels.ndim != 2:
                 raise ValueError(f"it has {labels.shape[2]} channels, a label map has one")
-            return labels
+            if labels.max() > 255:
+                raise ValueError(f"its largest label is {labels.max()}, 255 is the most")
+            return labels.astype(np.uint8)
         except (OSError, ValueError) as error:
             raise records.DataError(
                 f"{path} is no readable mask ({error}): make the data set's folder again, or "
@@ -91,19 +93,17 @@ def touched(
 
     The mask has its own resolution; patches are those of the picture resized to `image_size`.
     """
-    high, wide = labels.shape
     result = np.zeros((grid[0] * grid[1], 256), bool)
     for n, (row, column) in enumerate(np.ndindex(*grid)):
-        top, bottom = _span(row * stride, patch, high / image_size[0], high)
-        left, right = _span(column * stride, patch, wide / image_size[1], wide)
-        result[n, np.unique(labels[top:bottom, left:right])] = True
+        rows = _span(row * stride, patch, labels.shape[0], image_size[0])
+        columns = _span(column * stride, patch, labels.shape[1], image_size[1])
+        result[n, np.unique(labels[rows, columns])] = True
     return result
 
 
-def _span(start: int, length: int, scale: float, end: int) -> tuple[int, int]:
-    """First and last pixel (exclusive) of a patch's side; a pixel that is cut belongs to it."""
-    first = int(start * scale)
-    return first, min(end, max(first + 1, int(np.ceil((start + length) * scale))))
+def _span(start: int, length: int, there: int, here: int) -> slice:
+    """The pixels of a mask's side (`there`) that a patch of the picture's (`here`) reaches into."""
+    return slice(start * there // here, -(-(start + length) * there // here))
 
 
 def word_positions(

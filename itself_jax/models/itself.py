@@ -188,13 +188,13 @@ class ITSELF(nn.Module):
     ) -> Attended:
         """Normalised pictures → what the image encoder looks at, by each of `sources`."""
         out = self.image_encoder(images, map_layers=tuple(range(self.model.vision_depth)))
-        k = bank_limits(self.model, self.local, False).image
+        k = max(1, bank_limits(self.model, self.local, False).image)
         return _attended(out, sources, lambda x: saliency.image_bank(x, k, k_max=k), causal=False)
 
     def attend_text(self, ids: Int[Array, "b t"], sources: tuple[saliency.Source, ...]) -> Attended:
         """Token ids → what the text encoder looks at, by each of `sources`."""
         out = self.text_encoder(ids, map_layers=tuple(range(self.model.text_depth)))
-        k = bank_limits(self.model, self.local, False).text
+        k = max(1, bank_limits(self.model, self.local, False).text)
         return _attended(
             out,
             sources,

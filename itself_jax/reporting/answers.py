@@ -3,12 +3,13 @@
 `retrieval.rank` gives the metrics and keeps no answer; a report wants to show some.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from itself_jax import retrieval
 
@@ -25,19 +26,27 @@ class Answers(NamedTuple):
     matched, unmatched: how many pairs of each kind lie in each of `BINS` equal parts of [-1, 1].
     """
 
-    first_right: Int[np.ndarray, " q"]
-    right: Int[np.ndarray, " q"]
-    right_similarity: Float[np.ndarray, " q"]
-    top: Int[np.ndarray, "q r"]
-    top_similarity: Float[np.ndarray, "q r"]
-    matched: Int[np.ndarray, " c"]
-    unmatched: Int[np.ndarray, " c"]
+    first_right: Shaped[np.ndarray | Array, " q"]
+    right: Shaped[np.ndarray | Array, " q"]
+    right_similarity: Shaped[np.ndarray | Array, " q"]
+    top: Shaped[np.ndarray | Array, "q r"]
+    top_similarity: Shaped[np.ndarray | Array, "q r"]
+    matched: Shaped[np.ndarray | Array, " c"]
+    unmatched: Shaped[np.ndarray | Array, " c"]
 
 
 def find(
-    embeddings: retrieval.Embeddings, alpha: float, direction: str, *, top: int = 10
+    embeddings: retrieval.Embeddings,
+    alpha: float,
+    direction: str,
+    *,
+    top: int = 10,
+    should_stop: Callable[[], None] = lambda: None,
 ) -> Answers:
-    """Ranks by alpha·cos(global) + (1-alpha)·cos(local); ties keep the order of the gallery."""
+    """Ranks by alpha·cos(global) + (1-alpha)·cos(local); ties keep the order of the gallery.
+
+    should_stop: called before each block of queries; may raise.
+    """
     sides = [
         (embeddings.text_global, embeddings.text_local, embeddings.text_ids),
         (embeddings.image_global, embeddings.image_local, embeddings.image_ids),
@@ -49,20 +58,19 @@ def find(
     parts = [
         (w, q, g) for w, q, g in zip(weights, queries, gallery, strict=False) if w and q is not None
     ]
-    gallery = [w * _normalised(g) for w, _, g in parts]
+    gallery = [jax.device_put(w * _normalised(g)) for w, _, g in parts]
     found = []
     for start in range(0, len(query_ids), _BLOCK):
+        should_stop()
         rows = slice(start, start + _BLOCK)
         block = [_normalised(q[rows]) for _, q, _ in parts]
-        found.append(
-            jax.device_get(
-                _block(block, gallery, query_ids[rows], gallery_ids, min(top, len(gallery_ids)))
-            )
-        )
-    *per_query, matched, unmatched = zip(*found, strict=True)
+        most = min(top, len(gallery_ids))
+        found.append(jax.device_get(_block(block, gallery, query_ids[rows], gallery_ids, most)))
     return Answers(
-        *(np.concatenate(x) for x in per_query),
-        *(np.sum(x, axis=0, dtype=np.int64) for x in (matched, unmatched)),
+        *(
+            np.sum(x, axis=0, dtype=np.int64) if name.endswith("matched") else np.concatenate(x)
+            for name, x in zip(Answers._fields, zip(*found, strict=True), strict=True)
+        )
     )
 
 
@@ -78,7 +86,7 @@ def _block(
     query_ids: Int[Array, " q"],
     gallery_ids: Int[Array, " g"],
     top: int,
-) -> Any:
+) -> "Answers":
     exact = jax.lax.Precision.HIGHEST
     similarity = sum(
         jnp.matmul(q, g.T, precision=exact) for q, g in zip(queries, gallery, strict=True)
@@ -94,14 +102,14 @@ def _block(
     bins = jnp.clip((similarity + 1) * (BINS / 2), 0, BINS - 1).astype(jnp.int32)
     everything = jnp.bincount(bins.ravel(), length=BINS)
     matched = jnp.bincount(bins.ravel(), weights=is_right.ravel().astype(jnp.int32), length=BINS)
-    return (
-        first_right,
-        right,
-        best[:, 0],
-        top_index,
-        top_similarity,
-        matched,
-        everything - matched,
+    return Answers(
+        first_right=first_right,
+        right=right,
+        right_similarity=best[:, 0],
+        top=top_index,
+        top_similarity=top_similarity,
+        matched=matched,
+        unmatched=everything - matched,
     )
 
 

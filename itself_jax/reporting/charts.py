@@ -129,7 +129,7 @@ def measured(history: history_lib.History) -> tuple[content.Chart, ...]:
         table = history.measured.get(name, {})
         lines = [
             _Line(label, *table[source], style)
-            for style, (label, source) in enumerate(_shown(table).items())
+            for style, (label, source) in enumerate(_shown(table, history).items())
         ]
         if not lines:
             continue
@@ -154,15 +154,17 @@ def measured(history: history_lib.History) -> tuple[content.Chart, ...]:
     return (*found, *_pointing(history))
 
 
-def _shown(table: Mapping[str, history_lib.Series]) -> dict[str, str]:
-    """Which sources of a measure are drawn: label → source."""
+def _shown(table: Mapping[str, history_lib.Series], history: history_lib.History) -> dict[str, str]:
+    """Which sources of a measure are drawn, label → source: of all layers the best one."""
+    local = history.config.get("local") or {}
+    own = (local.get("saliency"), local.get("inference_saliency"))  # of the run itself
     known = [s for s in sorted(table, key=_place) if s != history_lib.CHANCE and len(table[s].at)]
     layers = [source for source in known if source.startswith("layer:")]
     best = max(layers, key=lambda source: table[source].value[-1], default=None)
     return {
         f"{source}, the best layer" if source == best and len(layers) > 1 else source: source
         for source in known
-        if source == best or source not in layers
+        if source == best or source in own or source not in layers
     }
 
 
@@ -184,24 +186,26 @@ def _pointing(history: history_lib.History) -> tuple[content.Chart, ...]:
         return float(series.value[found[0]]) if len(found) else np.nan
 
     attributes = sorted(tables, key=lambda name: at_epoch(tables[name], history_lib.CHANCE))
-    sources = [s for s in _SOURCES if any(s in table for table in tables.values())]
+    overall = history.measured.get(_POINTING.rstrip("_"), next(iter(tables.values())))
+    sources = _shown(overall, history)
     rows = np.arange(len(attributes))
     told = []
     with _axes("share of pictures that show it", "", height=0.9 + 0.26 * len(rows)) as axes:
-        for style, source in enumerate((*sources, history_lib.CHANCE)):
+        shown = {**sources, history_lib.CHANCE: history_lib.CHANCE}
+        for style, (label, source) in enumerate(shown.items()):
             values = np.array([at_epoch(tables[name], source) for name in attributes])
             is_chance = source == history_lib.CHANCE
             axes.plot(
                 values,
                 rows,
-                label=source,
+                label=label,
                 linestyle="",
                 color=_GREY if is_chance else _COLOURS[style % len(_COLOURS)],
                 marker="|" if is_chance else _MARKERS[style % len(_MARKERS)],
                 markersize=10 if is_chance else 5,
             )
             listed = zip(attributes, values.tolist(), strict=True)
-            told.append(f"{source} " + ", ".join(f"{a} {v:.2f}" for a, v in listed))
+            told.append(f"{label} " + ", ".join(f"{a} {v:.2f}" for a, v in listed))
         axes.set_yticks(rows, [_plain(name.replace("_", " ")) for name in attributes])
         axes.set_xlim(-0.02, 1.02)
         _legend(axes)

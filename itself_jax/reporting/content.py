@@ -100,6 +100,8 @@ class Report(NamedTuple):
 
     title: str  # "synthetic, MARS + ATS"
     state: str  # "finished", "epoch 5 of 14, still running", …
+    asked: str  # what queries and answers are of: "synthetic test, α = 0.3"
+    followed: str  # what the evolutions are of: "synthetic val"
     facts: tuple[tuple[str, str], ...]  # label and value
     differences: tuple[tuple[str, str, str], ...]  # config key, default, value of this run
     results: tuple[Table, ...]

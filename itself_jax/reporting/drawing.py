@@ -9,9 +9,10 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageDraw
 
 from itself_jax import config as config_lib
-from itself_jax.data import records
+from itself_jax.data import records, remote
 from itself_jax.reporting import content
 
+UNREADABLE = (records.DataError, remote.CopyError)
 _CROP_HEIGHT = 144
 VIEW_HEIGHT = 240
 _HEAT = 0.5  # its share of a pixel's colour
@@ -22,10 +23,14 @@ def picture(split: records.Split, index: int, model: config_lib.Model, height: i
     """A picture of a split, with the proportions in which the model sees it.
 
     Raises:
-      DataError: it cannot be read.
+      DataError, CopyError: it cannot be read.
     """
-    width = max(1, round(height * model.image_size[1] / model.image_size[0]))
-    return Image.fromarray(split.images.load(index, (height, width)))
+    size = (height, max(1, round(height * model.image_size[1] / model.image_size[0])))
+    try:
+        return Image.fromarray(split.images.load(index, size))
+    except records.DataError:  # a packed set of resized pictures has them in its own size alone
+        pixels = split.images.load(index, model.image_size)
+        return Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def crop(split: records.Split, index: int, model: config_lib.Model) -> content.Crop:
@@ -33,7 +38,7 @@ def crop(split: records.Split, index: int, model: config_lib.Model) -> content.C
     name = split.image_paths[index]
     try:
         drawn = picture(split, index, model, _CROP_HEIGHT)
-    except records.DataError:
+    except UNREADABLE:
         return content.Crop(name, None)
     file = io.BytesIO()
     drawn.save(file, "JPEG", quality=85)

@@ -23,6 +23,7 @@ class Material(NamedTuple):
 
     config: config_lib.Config
     split: records.Split  # that was ranked
+    alpha: float
     text_to_image: answers_lib.Answers
     image_to_text: answers_lib.Answers
     overlaid: watching.Pairs  # of that split
@@ -36,12 +37,16 @@ def gather(
     alpha: float,
     look: Callable[[records.Split, Int[np.ndarray, " p"]], watching.Pairs],
     watched: records.Split | None,
+    should_stop: Callable[[], None] = lambda: None,
 ) -> Material:
     """Ranks a split in both directions and looks at some of its pairs.
 
     look: `watching.Watcher.pairs` with the weights that made the embeddings.
     """
-    found = [answers_lib.find(embeddings, alpha, direction) for direction in retrieval.DIRECTIONS]
+    found = [
+        answers_lib.find(embeddings, alpha, direction, should_stop=should_stop)
+        for direction in retrieval.DIRECTIONS
+    ]
     chosen = answers_lib.spread(found[0], split.caption_ids, 2)
     captions = dict.fromkeys(
         query
@@ -49,7 +54,7 @@ def gather(
         for query in chosen[kind][:count]
     )
     return Material(
-        config, split, *found, look(split, np.asarray(list(captions), np.int32)), watched
+        config, split, alpha, *found, look(split, np.asarray(list(captions), np.int32)), watched
     )
 
 
@@ -141,7 +146,8 @@ def evolutions(
 ) -> tuple[content.Evolution, ...]:
     """How what `source` keeps of the followed pairs changed, at up to seven epochs.
 
-    looks: by epoch, as `watching.saved` reads them; those without the source are left out.
+    looks: by epoch, as `watching.saved` reads them; those without the source, of other pairs or of
+      other sizes are left out.
     """
     split = material.watched
     if split is None:
@@ -149,12 +155,10 @@ def evolutions(
     epochs = sorted(
         epoch
         for epoch, pairs in looks.items()
-        if source in pairs.sources and (pairs.captions < len(split.captions)).all()
+        if source in pairs.sources and pairs.are_of(split, material.config.model)
     )
-    chosen = [
-        epochs[at]
-        for at in sorted({*np.linspace(0, len(epochs) - 1, min(_MOMENTS, len(epochs))).astype(int)})
-    ]
+    places = np.linspace(0, len(epochs) - 1, min(_MOMENTS, len(epochs))).astype(int)
+    chosen = [epochs[place] for place in sorted(set(places.tolist()))]
     if not chosen:
         return ()
     followed = looks[chosen[0]].captions
@@ -197,7 +201,7 @@ def _view(
     try:
         drawn = drawing.picture(split, index, config.model, drawing.VIEW_HEIGHT)
         png = drawing.heat(drawn, saliency, kept, config.model)
-    except records.DataError:
+    except drawing.UNREADABLE:
         png = None
     return content.View(
         source=source,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from itself_jax import config as config_lib
-from itself_jax import evaluate, files, workdir
+from itself_jax import evaluate, files, retrieval, workdir
 from itself_jax.reporting import content
 
 CHANCE = "chance"  # beside the sources of a measured saliency: what chance would give
@@ -99,27 +99,32 @@ class History(NamedTuple):
 def read(path: str | os.PathLike, evaluated: config_lib.Config | None = None) -> History:
     """Reads a work directory, also one whose run goes on meanwhile, on a disk or in a bucket.
 
-    evaluated: of an evaluation that wrote its results here; a directory without a run is then read
-      with this configuration.
+    evaluated: of an evaluation of other weights that wrote its results here; of the directory's own
+      run, if there is one, nothing is then read.
 
     Raises:
       ReportError: it is no run's, no step has been logged yet, or a file of it is damaged.
     """
-    try:
-        directory = workdir.Workdir(path, writes=False)
-    except workdir.WorkdirError as error:
-        raise ReportError(str(error)) from error
     notes: list[str] = []
     tables = _Tables()
-    if evaluated is not None and not (directory.path / "config.json").exists():
-        saved: dict[str, Any] = {"config": config_lib.to_dict(evaluated)}
-        notes.append("These weights were evaluated only: their training left nothing here.")
-    else:
-        saved = _saved_config(directory.path)
+    try:
+        directory = workdir.Workdir(path, writes=False)
+        saved = {} if evaluated is not None else directory.saved_config()
+    except workdir.WorkdirError as error:
+        raise ReportError(str(error)) from error
+    if saved is None:
+        raise ReportError(
+            f"{directory.path / 'config.json'} does not exist: give the --workdir of a run, which "
+            "writes it at its start."
+        )
+    if evaluated is None:
         for number, record in _records(directory.path / "metrics.jsonl", notes):
             tables.add(record, f"{directory.path / 'metrics.jsonl'}, line {number}")
-    config = saved["config"]
-    finished = directory.finished()
+        config = saved["config"]
+    else:
+        config = config_lib.to_dict(evaluated)
+        notes.append("These weights were evaluated only: nothing is known here of their training.")
+    finished = directory.finished() if evaluated is None else None
     validation = {split: _series(table) for split, table in tables.validation.items()}
     return History(
         path=directory.path,
@@ -134,7 +139,7 @@ def read(path: str | os.PathLike, evaluated: config_lib.Config | None = None) ->
         measured={name: _series(table) for name, table in tables.measured.items()},
         results=_results(directory.path / "results", config.get("dataset"), notes),
         finished=finished is not None,
-        trained="versions" in saved,
+        trained=evaluated is None,
         running=False if finished is not None else directory.is_in_use(),
         step=tables.step,
         epoch=tables.epoch,
@@ -174,7 +179,7 @@ def facts(history: History) -> tuple[tuple[str, str], ...]:
         scores = [
             f"{row.metrics['R1']:.2f} % {DIRECTIONS[row.direction]}"
             for row in result.rows
-            if row.alpha == result.chosen_alpha
+            if row.similarity == retrieval.similarity_name(result.chosen_alpha)
         ]
         where = f"R@1, {result.dataset} {result.split}"
         found.append((where, f"{', '.join(scores)} (α = {result.chosen_alpha:g})"))
@@ -225,7 +230,8 @@ def _table(result: Result, direction: str) -> content.Table:
         if direction in known:
             blank = ("",) * (len(evaluate.METRICS) - 1)
             cells.append((label, f"{known[direction]:.2f}", *blank))
-    chosen = [i for i, row in enumerate(rows) if row.alpha == result.chosen_alpha]
+    name = retrieval.similarity_name(result.chosen_alpha)
+    chosen = [i for i, row in enumerate(rows) if row.similarity == name]
     return content.Table(
         caption=(
             f"{result.dataset} {result.split}, {DIRECTIONS[direction]}: {asked} rank {ranked}; "
@@ -236,28 +242,6 @@ def _table(result: Result, direction: str) -> content.Table:
         rows=tuple(cells),
         marked=chosen[0] if chosen else None,
     )
-
-
-def _saved_config(path: files.Path) -> dict[str, Any]:
-    file = path / "config.json"
-    try:
-        saved = _read_json(file)
-        if not isinstance(saved["config"], dict):
-            raise TypeError("'config' is not an object")
-    except FileNotFoundError as error:
-        raise ReportError(
-            f"{file} does not exist: give the --workdir of a run, which writes it at its start."
-        ) from error
-    except OSError as error:
-        raise ReportError(
-            f"{file} cannot be read ({error.strerror or error}): give the --workdir of a run that "
-            "you may read."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ReportError(
-            f"{file} is not a configuration of itself_jax ({error!r}): give the --workdir of a run."
-        ) from error
-    return saved
 
 
 def _read_json(file: files.Path) -> Any:

@@ -81,8 +81,10 @@ def _refuse_strangers(folder: files.Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError("it is a file")
+    index = folder / INDEX
+    before = index.read_text(encoding="utf-8") if index.exists() else ""
     for entry in folder.iterdir():
-        is_ours = entry.name in (INDEX, FAILURES) or entry.name.endswith(".png")
+        is_ours = entry.name in (INDEX, FAILURES) or f'data-file="{entry.name}"' in before
         if not is_ours and not entry.name.startswith("."):  # as file managers leave them
             raise FileExistsError(f"it holds {entry.name!r}, which no report wrote")
 
@@ -97,6 +99,7 @@ def _render(template: str, report: content.Report) -> str:
     )
     environment.filters["uri"] = _uri
     environment.filters["slashes"] = _with_breaks
+    environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     style = markupsafe.Markup((_HERE / "page.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(
         r=report, style=style, index=INDEX, failures=FAILURES, sections=_sections(report)

@@ -17,27 +17,31 @@ def write(
     workdir: files.Path,
     material: examples.Material | None,
     *,
-    config: config_lib.Config,
+    evaluated: config_lib.Config | None = None,
     notes: tuple[str, ...] = (),
 ) -> files.Path:
     """Writes `report/` of a work directory and returns its `index.html`.
 
     material: of the weights to show; None leaves those parts out.
-    config: of this evaluation, for a directory that holds no run of its own.
+    evaluated: of an evaluation of weights that are not those of the directory's own run.
     notes: what is missing, and why.
 
     Raises:
       ReportError, OSError: one sentence.
     """
-    history = history_lib.read(workdir, config)
+    history = history_lib.read(workdir, evaluated)
     notes = (*history.notes, *notes)
     strips = overlays = evolutions = failures = ()
     spread: tuple[content.Chart, ...] = ()
+    asked = followed = ""
     if material is not None:
         local = material.config.local
         words = tokenizer.Tokenizer(
             material.config.model.text_length, vocab_size=material.config.model.vocab_size
         )
+        asked = f"{material.split.dataset} {material.split.split}, α = {material.alpha:g}"
+        if material.watched is not None:
+            followed = f"{material.watched.dataset} {material.watched.split}"
         strips = examples.strips(material)
         failures = examples.failures(material)
         sources = dict.fromkeys(
@@ -56,13 +60,17 @@ def write(
                 material.text_to_image.unmatched,
             ),
         )
-        if not evolutions:
-            notes += ("No epoch of this run left what its model looked at, so no change is shown.",)
-    if not history.measured:
-        notes += ("Saliency is not measured: the data set has no masks, or the run did not watch.",)
+        if history.trained and not evolutions:
+            notes += (_why_no_change(material, looks),)
+    if history.trained and not history.measured:
+        notes += (
+            "Saliency was not measured: the data set has no masks, or the run did not watch.",
+        )
     report = content.Report(
         title=history_lib.title(history),
         state=history_lib.state(history),
+        asked=asked,
+        followed=followed,
         facts=history_lib.facts(history),
         differences=history.differences,
         results=history_lib.tables(history),
@@ -77,6 +85,16 @@ def write(
         notes=notes,
     )
     return page.write(workdir / FOLDER, report)
+
+
+def _why_no_change(material: examples.Material, looks: Mapping[int, watching.Pairs]) -> str:
+    if not looks:
+        reason = "no epoch of the run left it"
+    elif material.watched is None:
+        reason = "the pictures of its validation are not at hand"
+    else:
+        reason = "it was of other pairs, or of another size of the model's input"
+    return f"How what is kept changed in training is not shown: {reason}."
 
 
 def _validated(

@@ -53,6 +53,15 @@ def test_a_mask_of_another_resolution_and_overlapping_patches():
     assert np.flatnonzero(coarse[:, 1]).tolist() == [0, 1, 4, 5]
 
 
+def test_a_patch_that_ends_between_two_pixels_has_the_cut_one_and_no_more():
+    """Masks of 100 rows for pictures of 48: a patch of 4 rows is 8 1/3 rows of the mask."""
+    labels = np.arange(100, dtype=np.uint8)[:, None].repeat(5, 1)
+    found = masks.touched(labels, grid=(12, 1), stride=4, patch=4, image_size=(48, 4))
+    assert np.flatnonzero(found[0]).tolist() == list(range(9))
+    assert np.flatnonzero(found[2]).tolist() == list(range(16, 25))  # 16 2/3 to 25, exactly
+    assert np.flatnonzero(found[11]).tolist() == list(range(91, 100))
+
+
 def test_words_that_name_an_attribute_are_marked_wherever_they_stand():
     words = tokenizer.Tokenizer(24)
     ids = words.encode("A man in a red jacket. The man wears no hat.")
@@ -100,6 +109,9 @@ def test_damage_is_one_sentence(tmp_path, folder):
         truth.labels(0)
     Image.new("RGB", (4, 4)).save(path)
     with pytest.raises(records.DataError, match="3 channels"):
+        truth.labels(0)
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(path)
+    with pytest.raises(records.DataError, match="its largest label is 300"):
         truth.labels(0)
 
 

@@ -104,6 +104,8 @@ def report() -> content.Report:
     return content.Report(
         title="synthetic, MARS + ATS",
         state="finished",
+        asked="synthetic test, α = 0.3",
+        followed="synthetic val",
         facts=(("Device", "1 x cpu"), ("Steps", "1,386")),
         differences=(("batch_size", "256", "64"), ("data_root", "None", "'" + "/data" * 40 + "'")),
         results=(content.Table("synthetic test", ("similarity", "R@1"), rows, 1),),

@@ -78,7 +78,7 @@ def test_an_empty_section_is_left_out(report, tmp_path, name):
 
 
 def test_a_report_of_nothing_but_a_title_is_a_page(tmp_path):
-    nothing = content.Report("title", "no step logged yet", *[()] * 12)
+    nothing = content.Report("title", "no step logged yet", "", "", *[()] * 12)
     index = Page(page.write(tmp_path / "report", nothing))
     assert [at["id"] for at in index.all("section")] == ["summary"]
     assert "failures.html" not in [at["href"] for at in index.all("a")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itself_jax import assessment, retrieval, splits
+from itself_jax import assessment, interrupt, retrieval, splits
 from itself_jax import config as config_lib
 from itself_jax.data import records
 from itself_jax.reporting import drawing, history
@@ -92,16 +92,19 @@ def test_ranks_in_the_report_are_those_of_the_embeddings(run):
 def test_the_command_writes_the_same_report_again(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    before = page(copy)
+    before = {name: page(copy, name) for name in ("index.html", "failures.html")}
     shutil.rmtree(copy / "report")
     done = subprocess.run(
         [sys.executable, "-m", "itself_jax.report", str(copy)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"Report: {copy / 'report' / 'index.html'}"
-    strip = re.compile(r"\d+\.\d+ pairs|" + re.escape(str(run)) + "|" + re.escape(str(copy)))
-    numbers = re.compile(r"similarity[^0-9]*([0-9.]+)")
-    assert numbers.findall(strip.sub("", page(copy))) == numbers.findall(strip.sub("", before))
+    # Directory and revision apart, all of it is the same: ranks, similarities, saliency.
+    for name in ("index.html", "failures.html"):
+        again = page(copy, name).replace(str(copy), str(run))
+        assert re.sub(r"<svg|<dd>.*?</dd>", "", again) == re.sub(
+            r"<svg|<dd>.*?</dd>", "", before[name].replace(str(copy), str(run))
+        )
 
 
 def test_a_run_that_goes_on_shows_its_validation_and_lacks_nothing_else(run, tmp_path):
@@ -115,7 +118,9 @@ def test_a_run_that_goes_on_shows_its_validation_and_lacks_nothing_else(run, tmp
     assessment.report_only(copy, lambda line: None)
     text = page(copy)
     assert "epoch 3 of 3" in text and "half-written" in text
-    assert "<figure" in text
+    for section in ("text-to-image", "image-to-text", "saliency", "evolution", "measured"):
+        assert f'<section id="{section}">' in text
+    assert "Synthetic val, α = " in text and "Synthetic test" not in text
 
 
 def test_without_weights_or_pictures_the_page_says_so(run, data, tmp_path):
@@ -124,6 +129,64 @@ def test_without_weights_or_pictures_the_page_says_so(run, data, tmp_path):
     shutil.rmtree(copy / "checkpoints")
     assessment.report_only(copy, lambda line: None)
     assert "No queries, answers and saliency are shown" in page(copy)
+
+
+def test_a_finished_run_without_its_report_names_the_command(run, data, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    tiny.run(tiny.settings(data, eval__watch=2, eval__dump_embeddings=True), copy)
+    assert "itself_jax.report" not in capsys.readouterr().out
+    shutil.rmtree(copy / "report")
+    tiny.run(tiny.settings(data, eval__watch=2, eval__dump_embeddings=True), copy)
+    assert f"python -m itself_jax.report {copy}" in capsys.readouterr().out
+
+
+def test_evaluation_of_the_run_writes_its_report_anew(run, data, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "report")
+    assessment.evaluate_only(
+        tiny.settings(data, eval__watch=2, eval__alpha=0.5), copy, interrupt.Interrupts()
+    )
+    text = page(copy)
+    assert "Synthetic test, α = 0.5" in text and '<section id="evolution">' in text
+    # With pictures of another size what was kept in training is of other patches, and not shown.
+    changes = {"eval__watch": 2, "model__image_size": (48, 16)}
+    assessment.evaluate_only(tiny.settings(data, **changes), copy, interrupt.Interrupts())
+    text = page(copy)
+    assert '<section id="evolution">' not in text and "another size of the model" in text
+
+
+def test_weights_of_another_run_are_not_taken_for_the_directory_s_own(run, data, tmp_path):
+    config = tiny.settings(data, eval__watch=2, init_from=str(run))
+    for name in ("empty", "run"):
+        path = tmp_path / name
+        if name == "run":
+            shutil.copytree(run, path)
+        assessment.evaluate_only(config, path, interrupt.Interrupts())
+        text = page(path)
+        assert "evaluated only" in text and '<section id="text-to-image">' in text
+        assert '<section id="learning">' not in text and '<section id="evolution">' not in text
+
+
+def test_a_directory_without_its_metrics_is_evaluated_without_a_report(run, data, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "report")
+    (copy / "metrics.jsonl").unlink()
+    assessment.evaluate_only(tiny.settings(data, eval__watch=2), copy, interrupt.Interrupts())
+    assert "No report: " in capsys.readouterr().out and not (copy / "report").exists()
+
+
+def test_without_a_library_that_draws_there_is_no_report(run, data, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "report")
+    monkeypatch.setitem(sys.modules, "itself_jax.reporting.writing", None)
+    monkeypatch.delattr("itself_jax.reporting.writing")
+    assessment.evaluate_only(tiny.settings(data, eval__watch=2), copy, interrupt.Interrupts())
+    out = capsys.readouterr().out
+    assert "No report (" in out and "requirements.txt" in out
 
 
 def test_no_run_is_one_sentence(tmp_path):
@@ -148,6 +211,21 @@ def test_a_missing_picture_leaves_a_gap(run):
 
     gone = dataclasses.replace(split, images=Gone())
     assert drawing.crop(gone, 0, config.model) == (split.image_paths[0], None)
+
+
+def test_pictures_that_were_packed_in_one_size_are_shown(run):
+    config = config_lib.from_dict(json.loads((run / "config.json").read_text())["config"])
+    split = splits.read(config, "synthetic", "test", lambda line: None)
+
+    class Resized:
+        def load(self, index, size):
+            if tuple(size) != config.model.image_size:
+                raise records.DataError("other pixels are wanted")
+            return split.images.load(index, size)
+
+    packed = dataclasses.replace(split, images=Resized())
+    shown = drawing.crop(packed, 0, config.model).jpeg
+    assert Image.open(io.BytesIO(shown)).size == (72, 144)
 
 
 def test_heat_outlines_what_is_kept():
