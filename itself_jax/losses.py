@@ -121,11 +121,15 @@ def _hard_negatives(image: _Rows, text: _Rows, pids: _Rows) -> HardNegatives:
 
     image, text = image.map(normalised), text.map(normalised)
     same = _same(pids)
+    of_texts = _similarity(text, image)
+    # A device that has every row needs one product for both directions.
+    is_alone = image.own.shape == image.everyone.shape
+    of_images = of_texts.T if is_alone else _similarity(image, text)
 
-    def hardest(rows: _Rows, columns: _Rows) -> Int[Array, " r"]:
-        return jnp.argmax(jnp.where(same, -jnp.inf, _similarity(rows, columns)), axis=1)
+    def hardest(similarity: Float[Array, "r b"]) -> Int[Array, " r"]:
+        return jnp.argmax(jnp.where(same, -jnp.inf, similarity), axis=1)
 
-    return HardNegatives(image=hardest(text, image), text=hardest(image, text))
+    return HardNegatives(image=hardest(of_texts), text=hardest(of_images))
 
 
 def mismatch_label(pids: Int[Array, " b"], num_identities: int, rule: str) -> Int[Array, ""]:
