@@ -4,7 +4,7 @@
 
 Needs matplotlib; takes sweeps over numbers, not those of `compare`. One panel for each swept key
 and job: time against value, both on logarithmic scales, with the measured range, a line of slope 1
-through the first point, and the fitted exponent.
+through the first point where time grows, and the fitted exponent.
 """
 
 import json
@@ -31,7 +31,7 @@ def main(target: str, *documents: str) -> None:
             exponents[found["name"], found["key"]] = found["exponent"]
     if not panels:
         sys.exit("growth.py: no sweep over numbers in " + (", ".join(documents) or "no document"))
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(
         lines, columns, figsize=(4 * columns, 3.4 * lines), squeeze=False, layout="constrained"
@@ -45,14 +45,16 @@ def main(target: str, *documents: str) -> None:
         low = [row["seconds"]["median"] - row["seconds"]["min"] for _, row in points]
         high = [row["seconds"]["max"] - row["seconds"]["median"] for _, row in points]
         axis.errorbar(values, seconds, yerr=(low, high), fmt="o-", color="#1f5f8b", capsize=3)
-        linear = [seconds[0] * value / values[0] for value in values]
-        axis.plot(values, linear, ":", color="#777777", label="linear")
+        if seconds[-1] > seconds[0]:  # of what makes a step smaller, linear says nothing
+            linear = [seconds[0] * value / values[0] for value in values]
+            axis.plot(values, linear, ":", color="#777777", label="linear")
+            axis.legend(frameon=False, fontsize=9)
         axis.set(xscale="log", yscale="log", xlabel=key, ylabel="seconds")
         axis.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        axis.set_yticks(seconds, [f"{second:.2g}" for second in seconds], minor=False)
         axis.minorticks_off()
         exponent = exponents.get((name, key))
         axis.set_title(name + ("" if exponent is None else f": {key}^{exponent:.2f}"), fontsize=10)
-        axis.legend(frameon=False, fontsize=9)
         axis.grid(alpha=0.3)
     figure.savefig(target, dpi=110)
 
