@@ -6,6 +6,7 @@ They need no data library.
 benchmarks run the very same step.
 """
 
+import ctypes
 import dataclasses
 import functools
 import re
@@ -443,7 +444,23 @@ def state_template(training: Training, mesh: jax.sharding.Mesh) -> TrainState:
 def init_state(training: Training, template: TrainState, seed: int) -> TrainState:
     """A fresh state where `template` wants it."""
     places = jax.tree.map(lambda x: x.sharding, template)
-    return jax.jit(training.init, static_argnums=0, out_shardings=places)(seed)
+    state = jax.jit(training.init, static_argnums=0, out_shardings=places)(seed)
+    jax.block_until_ready(state)
+    give_back_memory()
+    return state
+
+
+def give_back_memory() -> None:
+    """Returns to the system what its allocator keeps of memory that is free again.
+
+    Compilers and initialisation need much, for once: of ViT-B/16 on a CPU, 0.65 and 2.2 GB stayed
+    resident for the rest of the run. Only glibc is asked; others have other ways.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return
+    trim(0)
 
 
 def batch_template(config: config_lib.Config, mesh: jax.sharding.Mesh) -> batch_lib.Batch:
@@ -474,7 +491,10 @@ def compile_step(
     with jax.set_mesh(mesh):
         lowered = step.lower(template, batch_template(training.config, mesh))
         platform = mesh.devices.flat[0].platform
-        return lowered.compile(compiler_options=_compiler_options(template.params, platform))
+        compiled = lowered.compile(compiler_options=_compiler_options(template.params, platform))
+    del lowered
+    give_back_memory()
+    return compiled
 
 
 def _compiler_options(params: Any, platform: str) -> dict[str, Any] | None:

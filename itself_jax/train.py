@@ -148,6 +148,7 @@ def _run(
         directory.hold(config, compute_dtype)
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template, pretrained)
+            step.give_back_memory()  # of files that were read
         # Last of all that may fail at the start: until then another configuration may try again.
         directory.describe(config, compute_dtype, sizes_from_weights)
         saved = (int(state.step), progress.validated)
