@@ -109,7 +109,7 @@ def test_results_follow_the_contract_and_name_the_oracle(reference):
     found = tiny.results(reference)
     assert found.keys() == {
         *("dataset", "split", "queries", "gallery", "protocol", "chosen_alpha", "rows"),
-        *("skipped_queries", "captions", "oracle_R1"),
+        *("skipped_queries", "captions", "oracle_R1", "chance_R1"),
     }
     assert (found["dataset"], found["split"], found["protocol"]) == ("synthetic", "test", "val")
     assert (found["queries"], found["gallery"]) == (24, 12)

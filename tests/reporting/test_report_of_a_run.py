@@ -141,6 +141,7 @@ def test_a_finished_run_without_its_report_names_the_command(run, data, tmp_path
     assert f"python -m itself_jax.report {copy}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_evaluation_of_the_run_writes_its_report_anew(run, data, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -157,6 +158,7 @@ def test_evaluation_of_the_run_writes_its_report_anew(run, data, tmp_path):
     assert '<section id="evolution">' not in text and "another size of the model" in text
 
 
+@pytest.mark.slow
 def test_weights_of_another_run_are_not_taken_for_the_directory_s_own(run, data, tmp_path):
     config = tiny.settings(data, eval__watch=2, init_from=str(run))
     for name in ("empty", "run"):
