@@ -15,7 +15,7 @@ from itself_jax.reporting import content
 UNREADABLE = (records.DataError, remote.CopyError)
 _CROP_HEIGHT = 144
 VIEW_HEIGHT = 240
-_HEAT = 0.5  # its share of a pixel's colour
+_HEAT = 0.4  # its share of a pixel's colour
 _COLOURS = 64  # of a PNG's palette: a third of the bytes, and nobody sees it
 
 
