@@ -63,9 +63,9 @@ class View(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """A pair under several saliency sources, side by side."""
+    """A pair as it is, and under several saliency sources, side by side."""
 
-    name: str  # of the picture
+    crop: Crop
     caption: str
     views: tuple[View, ...]
 

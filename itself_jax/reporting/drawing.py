@@ -33,11 +33,13 @@ def picture(split: records.Split, index: int, model: config_lib.Model, height: i
         return Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
 
 
-def crop(split: records.Split, index: int, model: config_lib.Model) -> content.Crop:
+def crop(
+    split: records.Split, index: int, model: config_lib.Model, height: int = _CROP_HEIGHT
+) -> content.Crop:
     """A small JPEG; without content where the file cannot be read."""
     name = split.image_paths[index]
     try:
-        drawn = picture(split, index, model, _CROP_HEIGHT)
+        drawn = picture(split, index, model, height)
     except UNREADABLE:
         return content.Crop(name, None)
     file = io.BytesIO()

@@ -128,7 +128,12 @@ def overlays(
     for row, caption in enumerate(pairs.captions.tolist()):
         found.append(
             content.Overlay(
-                name=split.image_paths[split.caption_images[caption]],
+                crop=drawing.crop(
+                    split,
+                    int(split.caption_images[caption]),
+                    material.config.model,
+                    drawing.VIEW_HEIGHT,
+                ),
                 caption=split.captions[caption],
                 views=tuple(
                     _view(material.config, split, pairs, row, source, words) for source in sources

@@ -113,7 +113,7 @@ def report() -> content.Report:
         fusion=(chart("fusion"),),
         text_to_image=(strip("best", 1), strip("median", 7), strip("worst", 412)),
         image_to_text=(strip("best", 1, picture=True), strip("worst", 550, picture=True)),
-        overlays=(content.Overlay("imgs/0002.jpg", CAPTION, views),),
+        overlays=(content.Overlay(content.Crop("imgs/0002.jpg", None), CAPTION, views),),
         evolutions=(content.Evolution("imgs/0003.jpg", CAPTION, moments),),
         measured=(chart("measured-pointing"),),
         failures=(strip("worst", 600), strip("worst", 412)),

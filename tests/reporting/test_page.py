@@ -127,7 +127,9 @@ def test_text_of_data_and_settings_is_shown_and_never_run(report, tmp_path):
         curves=(chart,),
         text_to_image=(content.Strip(EVIL, 1, 9, (hit, lost), hit, caption=EVIL),),
         image_to_text=(content.Strip(EVIL, 1, 9, (answer,), answer, crop=crop),),
-        overlays=(content.Overlay(EVIL, EVIL, (*views, views[0]._replace(png=None))),),
+        overlays=(
+            content.Overlay(content.Crop(EVIL, None), EVIL, (*views, views[0]._replace(png=None))),
+        ),
         failures=(content.Strip(EVIL, 1, 9, (hit, lost), hit, caption=EVIL),),
         notes=(EVIL,),
     )
@@ -194,7 +196,7 @@ def test_words_are_shaded_by_saliency_and_underlined_where_kept(report, tmp_path
         *(content.Word("much", 1.5, False), content.Word("nothing", -0.5, False)),
     )
     view = report_samples.view("mars")._replace(words=words)
-    overlay = content.Overlay("a.jpg", "green coat", (view,))
+    overlay = content.Overlay(content.Crop("a.jpg", None), "green coat", (view,))
     index = Page(page.write(tmp_path / "report", report._replace(overlays=(overlay,))))
     spans = [at for at in index.all("span") if "--shade" in at.get("style", "")][3:7]
     assert [at["style"] for at in spans] == [

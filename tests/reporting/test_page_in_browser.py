@@ -39,7 +39,11 @@ def folder(tmp_path_factory):
         fusion=charts.fusion(history),
         measured=charts.measured(history),
         text_to_image=(*report.text_to_image, report.failures[0]._replace(caption=long)),
-        overlays=(report.overlays[0]._replace(name=long, caption=long),),
+        overlays=(
+            report.overlays[0]._replace(
+                crop=report.overlays[0].crop._replace(name=long), caption=long
+            ),
+        ),
         notes=(long, "'\"><img src=x onerror=alert(1)>"),
     )
     return page.write(root / "report", report).parent
