@@ -383,7 +383,7 @@ needs_libtpu = pytest.mark.skipif(
     "topology, batch_size, devices", [("v5e:2x4", 256, 8), ("v5e:16x16", 8192, 256)]
 )
 def test_the_full_step_fits_a_real_pod(tmp_path, topology, batch_size, devices):
-    """ViT-B/16 on 384x128, 11,003 identities, MARS and ATS in bfloat16. Ten minutes each."""
+    """ViT-B/16 on 384x128, 11,003 identities, MARS and ATS in bfloat16. Four minutes each."""
     path = tmp_path / "plan.json"
     done = bench(
         *("aot", f"--topology={topology}", "--programs=step", f"--json={path}"),
