@@ -5,12 +5,12 @@ images belongs to row i of the texts. On a mesh every device has all features bu
 rows: no device ever holds a whole b x b matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from itself_jax import sharding
 
@@ -133,7 +133,7 @@ def _hard_negatives(image: _Rows, text: _Rows, pids: _Rows) -> HardNegatives:
 
 
 def _hardest(similarity: Float[Array, "r c"], axis: int) -> Int[Array, " n"]:
-    """The first of the largest, as argmax; two plain reductions are faster on a CPU than its one."""
+    """The first of the largest, as argmax; two plain reductions are faster on a CPU."""
     largest = jnp.max(similarity, axis=axis, keepdims=True)
     places = jax.lax.broadcasted_iota(jnp.int32, similarity.shape, axis)
     return jnp.min(jnp.where(similarity == largest, places, similarity.shape[axis] - 1), axis=axis)
@@ -202,19 +202,21 @@ def _cid(
     pair_logits: Logits,
     mismatch: Int[Array, ""],
 ) -> Float[Array, ""]:
-    def stacked(*thirds: Array) -> Array:
-        # Along an axis of its own: the rows of a device stay on it.
-        return sharding.constrain(jnp.stack(thirds), None, "batch", *[None] * (thirds[0].ndim - 1))
-
-    images, texts = stacked(image, negatives.image, image), stacked(text, text, negatives.text)
+    images = [image, negatives.image, image]
+    texts = [text, text, negatives.text]
     mismatched = jnp.full_like(pids, mismatch)
-    labels = stacked(pids, mismatched, mismatched)
+    labels = [pids, mismatched, mismatched]
     has_negative = jnp.any(pids != pids[0]).astype(jnp.float32)
     some = jnp.full(len(pids), has_negative)
-    weights = stacked(jnp.ones(len(pids)), some, some)
-    forward = cross_entropy(pair_logits(images, texts), labels, weights)
-    backward = cross_entropy(pair_logits(texts, images), labels, weights)
-    return (forward + backward) / 2
+    weights = [jnp.ones(len(pids)), some, some]
+    # Both orders in one product: as large classifiers go, each gradient is written once.
+    logits = pair_logits(_stack(images + texts), _stack(texts + images))
+    return cross_entropy(logits, _stack(2 * labels), _stack(2 * weights))
+
+
+def _stack(parts: Sequence[Array]) -> Shaped[Array, "s b ..."]:
+    """Along an axis of its own: the rows of a device stay on it."""
+    return sharding.constrain(jnp.stack(parts), None, "batch", *[None] * (parts[0].ndim - 1))
 
 
 def branch(
@@ -239,5 +241,5 @@ def branch(
     return BranchLosses(
         tal=jnp.sum(tal_rows),
         cid=_cid(image, text, negatives, pids, pair_logits, mismatch),
-        id=cross_entropy(identity_logits(image), pids) + cross_entropy(identity_logits(text), pids),
+        id=2 * cross_entropy(identity_logits(_stack([image, text])), _stack([pids, pids])),
     )

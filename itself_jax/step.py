@@ -10,7 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from itself_jax import config as config_lib
 from itself_jax import losses, optim, sharding
 from itself_jax.data import batch as batch_lib
-from itself_jax.models import grab, itself, saliency
+from itself_jax.models import grab, itself, saliency, transformer
 
 # CLIP's statistics of RGB in [0, 1].
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -108,22 +108,6 @@ def prepare_images(
     return jnp.where(inside[..., None], mean, images)
 
 
-def compute_loss(
-    model: itself.ITSELF,
-    settings: config_lib.Loss,
-    variables: Any,
-    images: Float[Array, "b y x 3"],
-    ids: Int[Array, "b t"],
-    pids: Int[Array, " b"],
-    k: itself.BankLimits,
-) -> Loss:
-    """One training-mode forward pass and the plain sum of all terms (method section 5)."""
-    image, text, batch_stats = encode(model, variables, images, ids, k)
-    return sum_losses(
-        model, settings, variables["params"], image.embedding, text.embedding, pids, batch_stats
-    )
-
-
 def encode(
     model: itself.ITSELF,
     variables: Any,
@@ -133,11 +117,29 @@ def encode(
 ) -> tuple[itself.Encoded, itself.Encoded, Any]:
     """Both towers in training mode: (image, text, BatchNorm statistics after this batch)."""
 
-    def both(module: itself.ITSELF) -> tuple[itself.Encoded, itself.Encoded]:
-        return module.encode_image(images, k.image), module.encode_text(ids, k.text)
+    def run(method: str, variables: Any, *inputs: Any) -> tuple[itself.Encoded, Any]:
+        found, updated = model.apply(variables, *inputs, method=method, mutable=["batch_stats"])
+        return found, {**variables, **updated}
 
-    (image, text), updated = nn.apply(both, model, mutable=["batch_stats"])(variables)
-    return image, text, updated.get("batch_stats", {})
+    text, variables = run("encode_text", variables, ids, k.text)
+    variables, text = _image_backward_first(variables, text)
+    image, variables = run("encode_image", variables, images, k.image)
+    return image, text, variables.get("batch_stats", {})
+
+
+def _image_backward_first(variables: Any, text: itself.Encoded) -> tuple[Any, itself.Encoded]:
+    """Both as they are; on a CPU no gradient goes into the text tower before the picture's is done.
+
+    Its layers need more memory at once, so that fewer gradients should wait beside them.
+    """
+    params = variables["params"]
+    encoder = params["image_encoder"]
+    leaves, tree = jax.tree.flatten(text.embedding)
+    # What the backward pass of pictures ends with.
+    kernel, *leaves = transformer.together(encoder["patch_embedding"]["kernel"], *leaves)
+    encoder = {**encoder, "patch_embedding": {"kernel": kernel}}
+    text = text._replace(embedding=jax.tree.unflatten(tree, leaves))
+    return {**variables, "params": {**params, "image_encoder": encoder}}, text
 
 
 def sum_losses(
@@ -151,9 +153,9 @@ def sum_losses(
 ) -> Loss:
     """All loss terms of a batch of embeddings. `params` needs the heads alone."""
     mismatch = losses.mismatch_label(pids, model.num_identities, settings.mismatch_label)
-    pairs = [("global_heads", image.global_, text.global_)]
+    pairs = [(itself.HEADS[0], image.global_, text.global_)]
     if model.local.enabled:
-        pairs.append(("local_heads", image.local, text.local))
+        pairs.append((itself.HEADS[1], image.local, text.local))
     branches = []
     for name, image_embedding, text_embedding in pairs:
         heads = itself.IdentityHeads(model.num_identities + 1, image_embedding.shape[-1])
@@ -172,6 +174,29 @@ def sum_losses(
         )
     total = sum(sum(branch) for branch in branches)
     return Loss(total, tuple(branches), batch_stats)
+
+
+class _Backward(NamedTuple):
+    """A backward pass that has come as far as the embeddings.
+
+    gradients: of the parameters behind them, by their first name.
+    wanted: gradients of the loss by the embeddings.
+    pull: makes of these the gradients of all other parameters.
+    """
+
+    loss: Loss
+    gradients: dict[str, Any]
+    wanted: Any
+    pull: Callable[[Any], dict[str, Any]]
+
+
+def _below(names: Collection[str], tree: Any) -> dict[str, Array]:
+    """The leaves, by path, that lie below one of these keys."""
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if any(getattr(key, "key", None) in names for key in path)
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,15 +234,30 @@ class Training:
         """One optimiser step. `batch` has images (uint8), erase, captions, pids and epoch."""
         step = state.step + 1
         k = self.bank_limits(step, batch.epoch)
-        gradients, loss = self.gradients(state, batch, k)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         factor = jnp.asarray(self.rate_factors, jnp.float32)[batch.epoch]
-        params = jax.tree.map(lambda p, u: p + factor * u, state.params, updates)
+
+        def updated(gradients: Any) -> tuple[Any, Any]:
+            updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+            return jax.tree.map(lambda p, u: p + factor * u, state.params, updates), opt_state
+
+        backward = self._backward(state, batch, k)
+        # A third of all parameters are classifiers: on a CPU they are updated before the encoders'
+        # backward pass, so that their gradients need not wait for its end in memory.
+        first, loss = backward.gradients, backward.loss
+        others = jax.tree.map(jnp.zeros_like, {**state.params})  # whose updates nobody takes
+        done = _below(first, updated({**others, **first}))
+        done, first_norm, wanted = transformer.all_first(
+            (done, optax.tree.norm(first), backward.wanted)
+        )
+        rest = backward.pull(wanted)
+        params, opt_state = jax.tree_util.tree_map_with_path(
+            lambda path, x: done.get(jax.tree_util.keystr(path), x), updated({**first, **rest})
+        )
         metrics = StepMetrics(
             loss=loss.total,
             loss_tal=sum(branch.tal for branch in loss.branches),
             loss_cid=sum(branch.cid + branch.id for branch in loss.branches),
-            grad_norm=optax.tree.norm(gradients),
+            grad_norm=optax.tree.norm((first_norm, optax.tree.norm(rest))),
             learning_rate=factor * self.config.optim.learning_rate,
             bank_image=k.image,
             bank_text=k.text,
@@ -226,23 +266,42 @@ class Training:
 
     def gradients(self, state: TrainState, batch: Any, k: itself.BankLimits) -> tuple[Any, Loss]:
         """Gradients of the loss by all parameters, zero for those that are not trained."""
-        if self.config.micro_batches > 1:
-            return self._gradients_in_parts(state, batch, k)
+        backward = self._backward(state, batch, k)
+        return {**backward.gradients, **backward.pull(backward.wanted)}, backward.loss
 
-        def loss_of(params: Any) -> tuple[Float[Array, ""], Loss]:
-            variables = {"params": self._in_use(params), "batch_stats": state.batch_stats}
+    def _backward(self, state: TrainState, batch: Any, k: itself.BankLimits) -> "_Backward":
+        """The pass up to the losses and back to the embeddings, and what leads on from there."""
+        if self.config.micro_batches > 1:
+            return self._backward_in_parts(state, batch, k)
+        heads = {name: x for name, x in state.params.items() if name in itself.HEADS}
+        below = {name: x for name, x in state.params.items() if name not in itself.HEADS}
+
+        def embed(below: Any) -> tuple[tuple[itself.Embedding, itself.Embedding], Any]:
+            variables = {"params": self._in_use(below), "batch_stats": state.batch_stats}
             images = prepare_images(batch.images, batch.erase)
-            loss = compute_loss(
-                self.model, self.config.loss, variables, images, batch.captions, batch.pids, k
+            image, text, stats = encode(self.model, variables, images, batch.captions, k)
+            return (image.embedding, text.embedding), stats
+
+        embeddings, pull, batch_stats = jax.vjp(embed, below, has_aux=True)
+
+        def loss_of(heads: Any, embeddings: Any) -> tuple[Float[Array, ""], Loss]:
+            loss = sum_losses(
+                self.model,
+                self.config.loss,
+                self._in_use(heads),
+                *embeddings,
+                batch.pids,
+                batch_stats,
             )
             return loss.total, loss
 
-        return jax.grad(loss_of, has_aux=True)(state.params)
+        (gradients, wanted), loss = jax.grad(loss_of, (0, 1), has_aux=True)(heads, embeddings)
+        return _Backward(loss, gradients, wanted, lambda wanted: pull(wanted)[0])
 
-    def _gradients_in_parts(
+    def _backward_in_parts(
         self, state: TrainState, batch: Any, k: itself.BankLimits
-    ) -> tuple[Any, Loss]:
-        """The same gradients, with one micro-batch's activations in memory at a time.
+    ) -> "_Backward":
+        """The same, with one micro-batch's activations in memory at a time.
 
         The losses look across the whole batch, so the batch is encoded twice (an idea of
         GradCache). First without gradients, to keep of every token sequence its global embedding
@@ -299,8 +358,6 @@ class Training:
         (gradients, wanted), loss = jax.grad(losses_of, argnums=(0, 1), has_aux=True)(
             others, cached
         )
-        wanted = jax.tree.map(lambda x: sharding.split_rows(x, parts), wanted)
-
         kept = tuple(bank and bank.kept for bank in whole_banks)
         of_rows = tuple(bank and (bank.indices, bank.valid) for bank in banks)
 
@@ -318,11 +375,14 @@ class Training:
 
             return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, towers), parts)[0]
 
-        if self.config.sharding == "fsdp":  # each part's sum is spread at once: no whole gradients
-            of_towers = pull_all((towers, kept), inputs, of_rows, wanted)
-        else:
-            of_towers = sharding.sum_over_rows(pull_all, (towers, kept), inputs, of_rows, wanted)
-        return {**of_towers, **gradients}, loss
+        def pull(wanted: Any) -> Any:
+            wanted = jax.tree.map(lambda x: sharding.split_rows(x, parts), wanted)
+            # With fsdp each part's sum is spread at once: no gradient is whole anywhere.
+            if self.config.sharding == "fsdp":
+                return pull_all((towers, kept), inputs, of_rows, wanted)
+            return sharding.sum_over_rows(pull_all, (towers, kept), inputs, of_rows, wanted)
+
+        return _Backward(loss, gradients, wanted, pull)
 
     def _in_use(self, params: Any) -> Any:
         """Parameters as the computation needs them; those that are not trained as constants."""
@@ -500,11 +560,16 @@ def compile_step(
 def _compiler_options(params: Any, platform: str) -> dict[str, Any] | None:
     """What the compiler does not find out by itself.
 
-    A CPU's runs operations side by side, at the cost of memory. That makes the steps of small
-    models faster; each operation of a large one keeps all cores busy alone.
+    A CPU's runs operations side by side, at the cost of memory, and drops all barriers (of
+    `jax.checkpoint`, too, and of `transformer.together`) before it puts operations in order. That
+    makes the steps of small models faster; each operation of a large one keeps all cores busy
+    alone. Nothing else needs the pass that drops barriers.
     """
     if platform == "cpu" and sum(x.size for x in jax.tree.leaves(params)) >= _LARGE:
-        return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        return {
+            "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+            "xla_disable_hlo_passes": "cse_barrier_expander",
+        }
     return None
 
 

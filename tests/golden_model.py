@@ -177,8 +177,18 @@ CONFIGS = {
 }
 
 
+def compute_loss(
+    model: itself.ITSELF, settings: config_lib.Loss, variables, images, ids, pids, k
+) -> step.Loss:
+    """A training-mode forward pass and the plain sum of all terms, without the step's phases."""
+    image, text, batch_stats = step.encode(model, variables, images, ids, k)
+    return step.sum_losses(
+        model, settings, variables["params"], image.embedding, text.embedding, pids, batch_stats
+    )
+
+
 def _objective(model: itself.ITSELF):
-    """The total of `step.compute_loss` and the `Run` around it; `step.encode` is listened to."""
+    """The total of `compute_loss` and the `Run` around it; `step.encode` is listened to."""
     encode = step.encode
 
     def objective(params, batch_stats, batch, k):
@@ -190,7 +200,7 @@ def _objective(model: itself.ITSELF):
 
         variables = {"params": params, "batch_stats": batch_stats}
         with mock.patch.object(step, "encode", recorded):
-            loss = step.compute_loss(model, config_lib.Loss(), variables, *batch, k)
+            loss = compute_loss(model, config_lib.Loss(), variables, *batch, k)
         return loss.total, Run(loss, *encoded[0][:2], {})
 
     return objective

@@ -48,7 +48,8 @@ def cid_inputs(image, text, pids, rule="batch_max"):
     seen = []
 
     def pair_logits(first, second):
-        seen.append((first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])))
+        orders = (x.reshape(2, -1, x.shape[-1]) for x in (first, second))
+        seen.extend(zip(*orders, strict=True))
         return jnp.zeros((*first.shape[:-1], 14))
 
     mismatch = losses.mismatch_label(pids, 13, rule)
@@ -68,9 +69,9 @@ def test_the_pairs_of_cid_are_the_references_in_both_orders():
 
 def test_cid_with_the_references_logits_is_the_references():
     tables = [jnp.asarray(by_pair(UNIT[f"loss/logits{i}"])).reshape(3, 16, -1) for i in (1, 2)]
-    remaining = list(tables)
+    both = jnp.concatenate(tables)  # of one order, then of the other
     mismatch = losses.mismatch_label(PIDS, 13, "batch_max")
-    value = losses.cid(IMAGE, TEXT, PIDS, lambda *_: remaining.pop(0), mismatch=mismatch)
+    value = losses.cid(IMAGE, TEXT, PIDS, lambda *_: both, mismatch=mismatch)
     golden_model.assert_close(value, UNIT["loss/compute_cid"], 5e-6)
 
 
@@ -79,7 +80,8 @@ def test_labels_of_pairs_are_the_references():
     labels = by_pair(UNIT["loss/pair_labels"])
     logits = 100.0 * jax.nn.one_hot(labels, 14).reshape(3, 16, 14)
     mismatch = losses.mismatch_label(PIDS, 13, "batch_max")
-    value = losses.cid(IMAGE, TEXT, PIDS, lambda *_: logits, mismatch=mismatch)
+    both = jnp.concatenate([logits, logits])
+    value = losses.cid(IMAGE, TEXT, PIDS, lambda *_: both, mismatch=mismatch)
     assert float(value) < 1e-6
     assert labels[16:].tolist() == [int(mismatch)] * 32
     np.testing.assert_array_equal(labels[:16], PIDS)
@@ -181,10 +183,10 @@ def test_a_batch_of_one_identity_has_finite_losses_and_gradients():
 
         return losses.cid(image, TEXT, pids, pair_logits, mismatch=jnp.array(4))
 
-    uniform, gradient = jax.jit(jax.value_and_grad(cid))(IMAGE, jnp.zeros((3, 16, 14)))
+    uniform, gradient = jax.jit(jax.value_and_grad(cid))(IMAGE, jnp.zeros((6, 16, 14)))
     assert float(uniform) == pytest.approx(np.log(14), rel=1e-6)
     assert np.isfinite(gradient).all()
-    certain = 50.0 * jax.nn.one_hot(jnp.full((3, 16), 3), 14)
+    certain = 50.0 * jax.nn.one_hot(jnp.full((6, 16), 3), 14)
     assert float(cid(IMAGE, certain)) < 1e-6
 
 
@@ -222,7 +224,7 @@ def test_gradients_flow_through_the_negatives_of_cid():
 
     def loss(image):
         def pair_logits(first, second):
-            looked_at = jnp.zeros((3, 3, 1)).at[1, :2].set(1.0)
+            looked_at = jnp.zeros((6, 3, 1)).at[1, :2].set(1.0)
             return jnp.square(first[..., :2]) * looked_at + 0.0 * second[..., :2]
 
         return losses.cid(image, TEXT[:3], pids, pair_logits, mismatch=jnp.array(1))
@@ -238,7 +240,7 @@ def test_losses_are_float32_whatever_the_embeddings_are():
         TEXT.astype(jnp.bfloat16),
         PIDS,
         pair_logits=lambda a, b: a[..., :14] + b[..., :14],
-        identity_logits=lambda x: x[:, :14],
+        identity_logits=lambda x: x[..., :14],
         mismatch=jnp.array(13),
     )
     assert {value.dtype for value in branch} == {jnp.dtype(jnp.float32)}

@@ -135,7 +135,7 @@ class ImageEncoder(nn.Module):
         positions = self.param("position_embedding", init, (n, d))
         cls = jnp.broadcast_to(class_embedding.astype(x.dtype), (b, 1, d))
         x = jnp.concatenate([cls, x.reshape(b, n - 1, d)], axis=1) + positions[None].astype(x.dtype)
-        x = transformer.layer_norm("ln_pre")(x).astype(self.dtype)
+        x = transformer.LayerNorm(name="ln_pre")(x).astype(self.dtype)
         out = transformer.Transformer(
             self.depth,
             self.heads,
@@ -146,7 +146,7 @@ class ImageEncoder(nn.Module):
             name="transformer",
         )(x, map_layers=map_layers)
         projection = self.param("projection", init, (d, self.embed_dim))
-        tokens = _project(transformer.layer_norm("ln_post")(out.tokens), projection, self.dtype)
+        tokens = _project(transformer.LayerNorm(name="ln_post")(out.tokens), projection, self.dtype)
         return TowerOutput(tokens, tokens[:, 0], jnp.zeros((b,), jnp.int32), out.attention)
 
 
@@ -194,7 +194,9 @@ class TextEncoder(nn.Module):
         )(x, map_layers=map_layers)
         init = nn.initializers.normal(self.width**-0.5)
         projection = self.param("projection", init, (self.width, self.embed_dim))
-        tokens = _project(transformer.layer_norm("ln_final")(out.tokens), projection, self.dtype)
+        tokens = _project(
+            transformer.LayerNorm(name="ln_final")(out.tokens), projection, self.dtype
+        )
         eot = end_of_text(ids)
         pooled = jnp.take_along_axis(tokens, eot[:, None, None], axis=1)[:, 0]
         return TowerOutput(tokens, pooled, eot, out.attention)

@@ -143,7 +143,7 @@ def embed_in_chunks(
       The local embeddings, and `batch_stats` after this batch.
     """
     params, stats = variables["params"], variables["batch_stats"]
-    linear = transformer.dense_layer(head.dim // 2, head.dtype)
+    linear = transformer.Linear(head.dim // 2, head.dtype, nn.initializers.zeros)
     weight = bank.kept.astype(jnp.float32)[None, :, None]
     count = rows.shape[0] * weight.sum()
     parts = (sharding.split_rows(rows, chunks), sharding.split_rows(bank.valid, chunks))

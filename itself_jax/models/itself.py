@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from itself_jax import config as config_lib
 from itself_jax.models import clip, grab, saliency, transformer
 
+HEADS = ("global_heads", "local_heads")  # parameters that work on embeddings, in training alone
+
 
 class Embedding(NamedTuple):
     """Un-normalised float32 embeddings; `local` is None without the local branch."""
@@ -60,22 +62,13 @@ class IdentityHeads(nn.Module):
     width: int
 
     def setup(self) -> None:
-        exact = transformer.matmul_precision(jnp.dtype(jnp.float32))
-        classifier = {
-            "kernel_init": nn.initializers.normal(1e-3),
-            "dtype": jnp.float32,
-            "precision": exact,
-        }
-        self.pair_mlp = nn.Dense(
-            self.width,
-            kernel_init=transformer.uniform_fan_in(2 * self.width),
-            bias_init=transformer.uniform_fan_in(2 * self.width),
-            dtype=jnp.float32,
-            precision=exact,
-        )
-        self.pair_norm = nn.LayerNorm(1e-5, dtype=jnp.float32, use_fast_variance=False)
-        self.pair_classifier = nn.Dense(self.classes, **classifier)
-        self.identity_classifier = nn.Dense(self.classes, **classifier)
+        exact = jnp.dtype(jnp.float32)
+        first = transformer.uniform_fan_in(2 * self.width)
+        self.pair_mlp = transformer.Linear(self.width, exact, kernel_init=first, bias_init=first)
+        self.pair_norm = transformer.LayerNorm()
+        small = nn.initializers.normal(1e-3)
+        self.pair_classifier = transformer.Linear(self.classes, exact, kernel_init=small)
+        self.identity_classifier = transformer.Linear(self.classes, exact, kernel_init=small)
 
     def pair_logits(
         self, first: Float[Array, "*p d"], second: Float[Array, "*p d"]
@@ -84,7 +77,7 @@ class IdentityHeads(nn.Module):
         hidden = self.pair_norm(self.pair_mlp(jnp.concatenate([first, second], axis=-1)))
         return self.pair_classifier(nn.gelu(hidden, approximate=False))
 
-    def identity_logits(self, embedding: Float[Array, "b d"]) -> Float[Array, "b c"]:
+    def identity_logits(self, embedding: Float[Array, "*b d"]) -> Float[Array, "*b c"]:
         """ID: the classes of embeddings of either modality."""
         return self.identity_classifier(embedding)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,16 +47,80 @@ def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def layer_norm(name: str) -> nn.LayerNorm:
+def all_first(values: Any) -> Any:
+    """The same pytree; a CPU goes on with none of it before it has all of it.
+
+    Other devices stay free to compute while gradients are on their way between them.
+    """
+    return jax.lax.platform_dependent(
+        values, cpu=jax.lax.optimization_barrier, default=lambda free: free
+    )
+
+
+@jax.custom_vjp
+def together(*values: Any) -> tuple[Any, ...]:
+    """All as they are; a CPU goes on with none of their gradients before it has all of them.
+
+    Left free, XLA's CPU compiler puts the gradients of parameters off, and keeps all that they are
+    made of; and as it cannot tell that a parameter is read before it is updated, it copies it.
+    """
+    return values
+
+
+def _together(*values: Any) -> tuple[tuple[Array, ...], tuple]:
+    # The gradient of what is frozen is not wanted, and the barrier would ask for it.
+    wanted = tuple(() if value.perturbed else None for value in values)
+    return tuple(value.value for value in values), wanted
+
+
+def _gradients_together(wanted: tuple, gradients: Any) -> tuple[Any, ...]:
+    symbolic = jax.custom_derivatives.SymbolicZero
+    held = [
+        at
+        for at, gradient in enumerate(gradients)
+        if wanted[at] is not None and not isinstance(gradient, symbolic)
+    ]
+    result = list(gradients)
+    if len(held) > 1:
+        ready = all_first([gradients[at] for at in held])
+        for at, gradient in zip(held, ready, strict=True):
+            result[at] = gradient
+    return tuple(result)
+
+
+together.defvjp(_together, _gradients_together, symbolic_zeros=True)
+
+
+class LayerNorm(nn.Module):
     """CLIP's LayerNorm, always in float32. The fast variance would cost parity (cancellation)."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, use_fast_variance=False, name=name)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead d"]:
+        d = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (d,))
+        bias = self.param("bias", nn.initializers.zeros, (d,))
+        x, scale, bias = together(x.astype(jnp.float32), scale, bias)
+        scale, bias = (v.reshape(*[1] * (x.ndim - 1), d) for v in (scale, bias))
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return centred * (jax.lax.rsqrt(variance + 1e-5) * scale) + bias
 
 
-def dense_layer(
-    features: int, dtype: jnp.dtype, name: str | None = None, **init: nn.initializers.Initializer
-) -> nn.Dense:
-    """A linear layer whose precision follows the compute type."""
-    return nn.Dense(features, dtype=dtype, precision=matmul_precision(dtype), name=name, **init)
+class Linear(nn.Module):
+    """A linear layer over the last axis, whose precision follows the compute type."""
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*lead d"]) -> Float[Array, "*lead f"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", self.bias_init, (self.features,))
+        x, kernel, bias = together(*(value.astype(self.dtype) for value in (x, kernel, bias)))
+        product = jnp.dot(x, kernel, precision=matmul_precision(self.dtype))
+        return product + bias.reshape(*[1] * (x.ndim - 1), self.features)
 
 
 def dense(features: int, dtype: jnp.dtype, name: str, **init: nn.initializers.Initializer):
@@ -64,7 +128,7 @@ def dense(features: int, dtype: jnp.dtype, name: str, **init: nn.initializers.In
 
     The gradient of a three-axis product takes XLA's CPU compiler 1.6 times as long.
     """
-    layer = dense_layer(features, dtype, name, **init)
+    layer = Linear(features, dtype, name=name, **init)
 
     def apply(x: Float[Array, "*lead d"]) -> Float[Array, "*lead f"]:
         return layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], features)
@@ -90,7 +154,8 @@ class InProjection(nn.Module):
         if spread:
             kernel = kernel.reshape(d, *parts).swapaxes(1, 2).reshape(d, 3 * d)
             bias = bias.reshape(*parts).swapaxes(0, 1).reshape(3 * d)
-        flat = jnp.dot(x.reshape(-1, d), kernel, precision=matmul_precision(self.dtype))
+        rows, kernel, bias = together(x.reshape(-1, d), kernel, bias)
+        flat = jnp.dot(rows, kernel, precision=matmul_precision(self.dtype))
         flat = flat + bias[None]
         if spread:
             projected = flat.reshape(b, n, parts[1], 3, parts[2])
@@ -207,10 +272,10 @@ class Block(nn.Module):
             self.causal,
             self.fused,
             name="attention",
-        )(layer_norm("ln_1")(x).astype(self.dtype))
+        )(LayerNorm(name="ln_1")(x).astype(self.dtype))
         x = x + attended
         init = nn.initializers.normal((2 * d) ** -0.5)
-        h = layer_norm("ln_2")(x).astype(self.dtype)
+        h = LayerNorm(name="ln_2")(x).astype(self.dtype)
         h = dense(4 * d, self.dtype, "mlp_in", kernel_init=init)(h)
         h = sharding.constrain(h, "batch", None, "hidden")
         h = ACTIVATIONS[self.activation](h)

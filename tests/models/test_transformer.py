@@ -136,11 +136,30 @@ def test_float32_compute_is_true_float32_and_the_rest_uses_the_compute_type(vari
         assert all(e.outvars[0].aval.dtype == FLOAT32 for e in equations)
 
 
+def test_what_is_together_keeps_its_values_and_gradients():
+    def loss(x, kernel):
+        x, kernel = transformer.together(x, kernel)
+        return jnp.sum(jnp.square(x @ kernel))
+
+    x, kernel = jnp.arange(6.0).reshape(2, 3), jnp.arange(12.0).reshape(3, 4)
+    expected = jax.grad(lambda x, kernel: jnp.sum(jnp.square(x @ kernel)), (0, 1))(x, kernel)
+    for got, want in zip(jax.jit(jax.grad(loss, (0, 1)))(x, kernel), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+    # Where one of them is frozen, nobody waits for its gradient.
+    both = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel)
+    frozen = jax.jit(jax.grad(lambda x: loss(x, jax.lax.stop_gradient(kernel)))).trace(x)
+
+    def barriers(traced, platform):
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier")
+
+    assert (barriers(both, "cpu"), barriers(both, "tpu"), barriers(frozen, "cpu")) == (1, 0, 0)
+
+
 def test_layer_norm_of_bfloat16_tokens_is_computed_in_float32():
     """Of 1000 + (0, 4, 8, 12), all exact in bfloat16: mean 1006, deviation √20. The fast variance
     or bfloat16 statistics would be far off."""
     x = jnp.array([[[1000.0, 1004.0, 1008.0, 1012.0]]], jnp.bfloat16)
-    module = transformer.layer_norm("norm")
+    module = transformer.LayerNorm(name="norm")
     out = module.apply({"params": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, x)
     assert out.dtype == FLOAT32
     np.testing.assert_allclose(out[0, 0], np.array([-6, -2, 2, 6]) / np.sqrt(20), rtol=1e-5)
