@@ -58,6 +58,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """Saves asynchronously; keeps the latest two steps and the best one by `meta["score"]`.
 
+    With `keep_scored` every step that has a score is kept.
+
     Saving belongs to one program at a time; any number may read meanwhile (an evaluation next to
     the training): nothing is created or removed before the first `save`, except by `restore_latest`
     if it meets damage.
@@ -75,12 +77,13 @@ class Checkpoints:
         *,
         log: Callable[[str], None] = print,
         ours: hosts.Hosts | None = None,
+        keep_scored: bool = False,
     ):
         # Orbax accepts a relative folder, returns True from save() and fails afterwards.
         self.folder = files.place(folder)
         self._log = log
         self._ours = ours or hosts.Hosts()
-        self._policy = _LatestAndBest(self.folder)
+        self._policy = _LatestAndBest(self.folder, keep_scored)
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
         _silence_orbax()
@@ -162,10 +165,12 @@ class Checkpoints:
             self._move_aside(damaged)
         return restored
 
-    def restore_best(self, parts: Collection[str], *, scored: bool = True) -> Restored | None:
+    def restore_best(
+        self, parts: Collection[str], *, scored: bool = True, step: int | None = None
+    ) -> Restored | None:
         """The checkpoint with the highest score, or None if no checkpoint has a score.
 
-        With `scored=False` the newest will do where none has a score.
+        With `scored=False` the newest will do where none has a score; `step` takes that one alone.
 
         `state` is read as it was saved, whatever the model: nested dicts of NumPy arrays, of the
         top-level entries `parts` alone, so that the optimiser's state need not be read; each is an
@@ -179,6 +184,8 @@ class Checkpoints:
         self.wait()
         rated, unrated, unreadable = [], [], []
         for slot in sorted(self._slots(), reverse=True):
+            if step is not None and slot.step != step:
+                continue
             try:
                 score = _score(_read_document(self.folder / slot.name))
             except Exception:
@@ -417,8 +424,9 @@ class _LatestAndBest:
     scores win, and knows no score that an earlier run of the program has saved.
     """
 
-    def __init__(self, folder: files.Path):
+    def __init__(self, folder: files.Path, keep_scored: bool = False):
         self._folder = folder
+        self._keep_scored = keep_scored
         self._scores: dict[_Slot, float | None] = {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
@@ -430,6 +438,8 @@ class _LatestAndBest:
         scored = [step for step in steps if scores[step] is not None]
         if scored:
             keep.add(max(scored, key=lambda step: _rank(scores[step], step)))
+        if self._keep_scored:
+            keep.update(scored)
         return [slot.step in keep and slot == newest[slot.step] for slot in slots]
 
     def expect(self, slot: _Slot, score: float | None) -> None:

@@ -136,6 +136,7 @@ class Synthetic:
     seed: int = 0
     identities: tuple[int, int, int] = (400, 50, 150)
     images_per_identity: int = 4
+    named: tuple[int, int] = (5, 8)  # attributes that a caption names: fewest, most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,7 @@ class Config:
     freeze_layers: int = 0  # embeddings and first layers that are not trained; -1: both encoders
     num_workers: int = 0  # processes that decode pictures; 0: threads of this one
     log_every: int = 10
+    keep_epochs: bool = False  # the checkpoint of every validated epoch; else last two and best
 
 
 # An existing work directory may be continued although these differ, with two exceptions: the best
@@ -185,6 +187,7 @@ CHANGEABLE = (
     "data_root",
     "num_workers",
     "micro_batches",
+    "keep_epochs",
 )
 
 
@@ -429,6 +432,13 @@ def _validate(config: Config) -> None:
     ):
         check(key, flat[key], flat[key] >= 0, "must be zero or more")
     check("loss.margin", config.loss.margin, config.loss.margin >= 0, "must be zero or more")
+    fewest, most = config.synthetic.named
+    check(
+        "synthetic.named",
+        config.synthetic.named,
+        1 <= fewest <= most,
+        "must be the fewest and the most attributes that a caption names, from 1 on",
+    )
     for count in config.synthetic.identities:
         check("synthetic.identities", config.synthetic.identities, count > 0, "must be positive")
     check(

@@ -100,6 +100,7 @@ def synthetic_folder(config: config_lib.Config, log: Log) -> pathlib.Path:
         seed=config.synthetic.seed,
         identities=config.synthetic.identities,
         images_per_identity=config.synthetic.images_per_identity,
+        named=config.synthetic.named,
         log=log,
     )
 

@@ -144,7 +144,9 @@ def _run(
         config, directory, mesh, training, words, encoders, watcher, interrupts, ours, log
     )
 
-    with checkpoint.Checkpoints(directory.checkpoints, log=log, ours=ours) as checkpoints:
+    with checkpoint.Checkpoints(
+        directory.checkpoints, log=log, ours=ours, keep_scored=config.keep_epochs
+    ) as checkpoints:
         directory.hold(config, compute_dtype)
         with interrupts.compilation():
             state, progress = restore_or_init(this, checkpoints, template, pretrained)

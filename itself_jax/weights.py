@@ -152,10 +152,13 @@ def open_(source: str | os.PathLike, log: Log, ours: hosts.Hosts | None = None) 
     )
 
 
-def of_run(source: files.Path, log: Log, ours: hosts.Hosts | None = None) -> Weights:
+def of_run(
+    source: files.Path, log: Log, ours: hosts.Hosts | None = None, step: int | None = None
+) -> Weights:
     """The best checkpoint of a work directory, of its `checkpoints` folder, or of a conversion.
 
     ours: the processes that read it together and must take the same one; None: this one alone.
+    step: of another checkpoint than the best one, if it was kept (`keep_epochs`).
 
     Raises:
       CheckpointError: there is none, or all are damaged.
@@ -163,15 +166,16 @@ def of_run(source: files.Path, log: Log, ours: hosts.Hosts | None = None) -> Wei
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     checkpoints = checkpoint.Checkpoints(folder, log=log, ours=ours)
     parts = ("params", "batch_stats")
-    found = checkpoints.restore_best(parts) if folder.is_dir() else None
-    if found is None and folder.is_dir():
+    found = checkpoints.restore_best(parts, step=step) if folder.is_dir() else None
+    if found is None and folder.is_dir() and step is None:
         found = checkpoints.restore_best(parts, scored=False)
         if found is not None and DESCRIPTION not in found.meta:
             found = None  # a run that was stopped before its first validation
     if found is None:
+        which = "" if step is None else f" of step {step}"
         raise checkpoint.CheckpointError(
-            f"{folder} holds no validated checkpoint: train there until the first validation, or "
-            "give other weights in config.init_from."
+            f"{folder} holds no validated checkpoint{which}: train there until the first "
+            "validation, or give other weights in config.init_from."
         )
     arrays = {name: _Held(array) for name, array in flat(found.state).items()}
     described = found.meta.get(DESCRIPTION, {})

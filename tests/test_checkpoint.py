@@ -131,6 +131,20 @@ def test_the_best_and_the_last_two_steps_are_kept(tmp_path):
         assert checkpoints.restore_latest(_template(_state())).step == 9
 
 
+def test_every_scored_step_is_kept_on_request_and_found_by_its_number(tmp_path):
+    with checkpoint.Checkpoints(tmp_path, keep_scored=True) as checkpoints:
+        for step, score in enumerate((3.0, 1.0, None, 2.0, None, None), start=1):
+            checkpoints.save(step, _state(step), {"score": score})
+        checkpoints.wait()
+        # The third has no score and is not among the last two.
+        assert _folders(tmp_path) == ["1", "2", "4", "5", "6"]
+        assert checkpoints.restore_best(("params",)).step == 1
+        found = checkpoints.restore_best(("params",), step=2)
+        assert (found.step, found.meta) == (2, {"score": 1.0})
+        _assert_equal_bits(found.state["params"], jax.device_get(_state(2)["params"]))
+        assert checkpoints.restore_best(("params",), step=3) is None
+
+
 def test_a_step_without_a_score_is_never_the_best(tmp_path):
     folder = tmp_path / "checkpoints"
     with checkpoint.Checkpoints(folder) as checkpoints:

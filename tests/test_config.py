@@ -184,6 +184,8 @@ OUT_OF_RANGE = (
     ("eval.chunk_mb", 0, "must be positive"),
     ("synthetic.images_per_identity", 0, "must be positive"),
     ("synthetic.identities", (4, 0, 2), "must be positive"),
+    ("synthetic.named", (0, 3), "from 1 on"),
+    ("synthetic.named", (4, 2), "from 1 on"),
     ("seed", -1, "must be zero or more"),
     ("num_workers", -1, "must be zero or more"),
     ("augment.pad", -1, "must be zero or more"),
@@ -312,12 +314,18 @@ def test_grid_counts_whole_patches(size, patch, stride, grid):
     assert config_lib.Model(image_size=size, patch_size=patch, stride=stride).grid == grid
 
 
-@pytest.mark.parametrize("name", ["synthetic", "cuhk", "icfg", "rstp"])
-def test_the_tiny_variant_is_small_for_every_config_and_combines(name):
+def _configs(name):
+    """The module `configs/NAME.py`."""
     path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["synthetic", "cuhk", "icfg", "rstp"])
+def test_the_tiny_variant_is_small_for_every_config_and_combines(name):
+    module = _configs(name)
     config = config_lib.from_dict(module.get_config("tiny,baseline"))
     assert config.dataset == config_lib.from_dict(module.get_config()).dataset
     assert not config.local.enabled

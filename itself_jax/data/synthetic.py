@@ -50,10 +50,16 @@ class World(NamedTuple):
     attributes: dict[str, Any]
 
 
-def folder_name(seed: int, identities: tuple[int, int, int], images_per_identity: int) -> str:
-    """The cache folder's name: generator version, seed and sizes."""
+def folder_name(
+    seed: int,
+    identities: tuple[int, int, int],
+    images_per_identity: int,
+    named: tuple[int, int] = synthetic_captions.NAMED,
+) -> str:
+    """The cache folder's name: generator version, seed, sizes, and captions of another length."""
     sizes = "-".join(str(count) for count in identities)
-    return f"synthetic-v{VERSION}-seed{seed}-{sizes}-x{images_per_identity}"
+    name = f"synthetic-v{VERSION}-seed{seed}-{sizes}-x{images_per_identity}"
+    return name if named == synthetic_captions.NAMED else f"{name}-names{named[0]}-{named[1]}"
 
 
 def _rng(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
@@ -61,7 +67,12 @@ def _rng(seed: int, purpose: int, *numbers: int) -> np.random.Generator:
     return np.random.default_rng([VERSION, seed, purpose, *numbers])
 
 
-def imagine(seed: int, identities: tuple[int, int, int], images_per_identity: int) -> World:
+def imagine(
+    seed: int,
+    identities: tuple[int, int, int],
+    images_per_identity: int,
+    named: tuple[int, int] = synthetic_captions.NAMED,
+) -> World:
     """People, views and captions of the whole data set, without drawing anything."""
     records, people, pictures = [], [], {}
     family = 0
@@ -86,7 +97,9 @@ def imagine(seed: int, identities: tuple[int, int, int], images_per_identity: in
                 view = synthetic_people.view(rng, person, image)
                 path = f"{number:04d}_c{int(rng.integers(1, 15))}_{image + 1:04d}.jpg"
                 written = [
-                    synthetic_captions.caption(_rng(seed, _CAPTION, number, image, i), person, view)
+                    synthetic_captions.caption(
+                        _rng(seed, _CAPTION, number, image, i), person, view, named
+                    )
                     for i in range(_CAPTIONS_PER_IMAGE)
                 ]
                 captions = [text for text, _ in written]
@@ -112,12 +125,14 @@ def ensure(
     seed: int = 0,
     identities: tuple[int, int, int] = (400, 50, 150),
     images_per_identity: int = 4,
+    named: tuple[int, int] = synthetic_captions.NAMED,
     workers: int | None = None,
     log: Callable[[str], None] = print,
 ) -> pathlib.Path:
     """The data set's folder under `root`; draws it there when it is absent.
 
-    `identities` are those of train, val and test. Builders exclude each other by a lock file, and
+    `identities` are those of train, val and test, `named` the fewest and the most attributes that a
+    caption names. Builders exclude each other by a lock file, and
     the folder appears by one rename, so it is complete whenever it exists. `workers`: processes
     [one per usable core]; they do not change a byte. Raises OSError if `root` cannot be written.
     """
@@ -129,7 +144,7 @@ def ensure(
             f"{images_per_identity=}, {workers=}"
         )
     root = pathlib.Path(root)
-    name = folder_name(seed, identities, images_per_identity)
+    name = folder_name(seed, identities, images_per_identity, named)
     folder = root / name
     if folder.is_dir():
         return folder
@@ -144,7 +159,7 @@ def ensure(
             temporary = pathlib.Path(tempfile.mkdtemp(".tmp", f".{name}.", root))
             try:
                 start = time.monotonic()
-                world = imagine(seed, identities, images_per_identity)
+                world = imagine(seed, identities, images_per_identity, named)
                 log(f"drawing {len(world.records)} pictures into {folder} ...")
                 _write(temporary, world, workers)
                 temporary.chmod(0o755)  # mkdtemp makes it private

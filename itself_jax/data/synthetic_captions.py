@@ -1,7 +1,7 @@
 """What is said about the people of the synthetic data set: English captions of varied form.
 
-A caption names 5–8 attributes of one identity in one to three sentences. It says nothing that is
-not true of the identity, but may name what its picture happens to hide.
+A caption names 5–8 attributes of one identity, or as many as asked for, in one to three sentences.
+It says nothing that is not true of the identity, but may name what its picture happens to hide.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import numpy as np
 
 from itself_jax.data import synthetic_people as people
 
+NAMED = (5, 8)  # attributes that a caption names: fewest, most
 NOUNS = {
     "man": ("man", "man", "gentleman"),
     "woman": ("woman", "woman", "lady"),
@@ -40,13 +41,16 @@ _TELLING = 1.5
 
 
 def caption(
-    rng: np.random.Generator, person: people.Person, view: str
+    rng: np.random.Generator,
+    person: people.Person,
+    view: str,
+    named: tuple[int, int] = NAMED,
 ) -> tuple[str, dict[str, str]]:
     """A sentence or three about `person` → (text, {attribute: the words that name it}).
 
-    Names 5–8 attributes; those that `view` hides are named less often.
+    Names from `named[0]` to `named[1]` attributes; those that `view` hides are named less often.
     """
-    names = _choose(rng, person, view)
+    names = _choose(rng, person, view, named)
     writer = _Writer(rng, person.attributes, names)
     return writer.write(), writer.named
 
@@ -69,11 +73,15 @@ def _weight(name: str, person: people.Person, view: str) -> float:
     return weight
 
 
-def _choose(rng: np.random.Generator, person: people.Person, view: str) -> set[str]:
+def _choose(
+    rng: np.random.Generator, person: people.Person, view: str, named: tuple[int, int]
+) -> set[str]:
     """Which attributes to name: weighted, without repetition."""
     weights = {name: _weight(name, person, view) for name in people.ATTRIBUTES}
     weights = {name: weight for name, weight in weights.items() if weight > 0}
-    count = min(len(weights), int(people.pick(rng, (5, 6, 7, 8), (2, 3, 3, 2))))
+    counts = tuple(range(named[0], named[1] + 1))
+    often = tuple(2 if count in named else 3 for count in counts)
+    count = min(len(weights), int(people.pick(rng, counts, often)))
     names = set(people.pick_several(rng, weights, count))
     if "bag_side" in names and "bag" not in names:
         names = names - {"bag_side"} | {"bag"}  # a side alone says nothing

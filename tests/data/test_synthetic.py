@@ -397,3 +397,16 @@ def test_settings_out_of_range_are_refused(tmp_path, options, message):
 def test_the_data_set_is_drawn_without_jax():
     code = "import sys; import itself_jax.data.synthetic; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_captions_name_as_many_attributes_as_asked_for():
+    world = synthetic.imagine(3, (30, 0, 0), 2, (1, 4))
+    pictures = world.attributes["pictures"].values()
+    counts = [len(named) for picture in pictures for named in picture["named"]]
+    assert set(counts) == {1, 2, 3, 4}
+    # The people are the same; only what is said about them differs.
+    usual = synthetic.imagine(3, (30, 0, 0), 2)
+    assert usual.attributes["identities"] == world.attributes["identities"]
+    assert usual == synthetic.imagine(3, (30, 0, 0), 2, (5, 8))
+    names = [synthetic.folder_name(3, (30, 0, 0), 2, named) for named in ((5, 8), (1, 4))]
+    assert names[0] == synthetic.folder_name(3, (30, 0, 0), 2) and names[1] != names[0]
