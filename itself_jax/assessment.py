@@ -90,7 +90,7 @@ def evaluate_only(
     if chooses:
         validation_split = splits.read(config, config.dataset, splits.validation_name(config), log)
     ours.agree(splits.facts([*test_splits, *([validation_split] if chooses else [])], best))
-    this, variables = _ready(config, directory, mesh, best, test_splits[0], interrupts, ours, log)
+    this, variables = ready(config, directory, mesh, best, test_splits[0], interrupts, ours, log)
     ours.barrier("ready to evaluate")
     with interrupts.checked_work():
         if chooses:
@@ -346,7 +346,7 @@ def report_only(path: str | os.PathLike, log: Log) -> files.Path:
             watched = shown
         mesh = sharding.make_mesh(config, jax.local_devices()[:1])
         signals = interrupt.Interrupts()
-        this, variables = _ready(config, directory, mesh, best, shown, signals, ALONE, log)
+        this, variables = ready(config, directory, mesh, best, shown, signals, ALONE, log)
         alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
         material = examples.gather(
             config,
@@ -379,7 +379,7 @@ def _followed(
         return None
 
 
-def _ready(
+def ready(
     config: config_lib.Config,
     directory: workdir.Workdir,
     mesh: jax.sharding.Mesh,
@@ -388,8 +388,9 @@ def _ready(
     interrupts: interrupt.Interrupts,
     ours: hosts.Hosts,
     log: Log,
+    truth: masks.Truth | None = None,
 ) -> tuple[Run, dict[str, Any]]:
-    """Compiled encoders, and the weights that they run with."""
+    """Compiled encoders, and the weights that they run with; `truth` has `watched`'s masks."""
     words = tokenizer.Tokenizer(config.model.text_length, vocab_size=config.model.vocab_size)
     with interrupts.compilation():
         # Classifiers are not needed, so no data set's identities are.
@@ -397,6 +398,6 @@ def _ready(
         template = encoder_variables(step.state_template(training, mesh))
         variables = fitting.fit(best, template, config.model, log)
         encoders = step.compile_encoders(training, template, mesh)
-        watcher = watch(training, template, mesh, watched, words, interrupts)
+        watcher = watch(training, template, mesh, watched, words, interrupts, truth)
     this = Run(config, directory, mesh, training, words, encoders, watcher, interrupts, ours, log)
     return this, variables

@@ -368,11 +368,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the command; every way out but success is an exit code and a sentence."""
     logging.set_verbosity(logging.WARNING)
     try:
-        try:
-            config = config_lib.from_dict(_CONFIG.value)
-        except OSError as error:  # the file could not be read
-            raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
-        COMMANDS[argv[1]](config)
+        COMMANDS[argv[1]](command.configuration(_CONFIG))
     except (config_lib.ConfigError, flags.Error) as error:
         command.stop(command.REJECTED, error)
     except Exception as error:

@@ -140,6 +140,18 @@ def move(temporary: pathlib.Path, path: pathlib.Path) -> None:
         old.unlink(missing_ok=True)
 
 
+def configuration(flag: flags.FlagHolder) -> config_lib.Config:
+    """What `--config` and its overrides say, checked.
+
+    Raises:
+      ConfigError: it says something wrong, or the file cannot be read.
+    """
+    try:
+        return config_lib.from_dict(flag.value)
+    except OSError as error:
+        raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
+
+
 def check_overrides(argv: Sequence[str]) -> None:
     """Whether every `--config.KEY=…` names a setting; before the flags themselves are parsed.
 

@@ -63,10 +63,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     logging.set_verbosity(logging.WARNING)  # jax reports each accelerator that is not there
     try:
-        try:
-            config = config_lib.from_dict(_CONFIG.value)
-        except OSError as error:  # the file could not be read
-            raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
+        config = command.configuration(_CONFIG)
         # Imported late: a signal or a bad flag must not wait for jax.
         from itself_jax import assessment, compile_cache, hosts, train
 

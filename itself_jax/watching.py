@@ -114,21 +114,21 @@ class Watcher:
         """
         if self._truth is None:
             return self.pairs(variables, self._split, self.captions), {}
-        seen = self._see(variables, self._split)
+        seen = self.see(variables, self._split)
         chosen = Seen(
             seen.image.rows(self._split.caption_images[self.captions]),
             seen.text.rows(self.captions),
         )
-        return self._as_pairs(chosen, self._split, self.captions), self._measure(seen)
+        return self._as_pairs(chosen, self._split, self.captions), self.measure(seen)
 
     def pairs(self, variables: Any, split: records.Split, captions: Int[np.ndarray, " p"]) -> Pairs:
         """The same of any pairs of any split: captions by index, each with its own picture."""
-        return self._as_pairs(self._see(variables, split.pairs(captions)), split, captions)
+        return self._as_pairs(self.see(variables, split.pairs(captions)), split, captions)
 
     def _as_pairs(self, seen: Seen, split: records.Split, captions: np.ndarray) -> Pairs:
         pairs = split.pairs(captions)
         return Pairs(
-            sources=self._sources,
+            sources=self.sources,
             captions=np.asarray(captions, np.int32),
             texts=pairs.captions,
             pictures=pairs.image_paths,
@@ -143,11 +143,12 @@ class Watcher:
         )
 
     @property
-    def _sources(self) -> tuple[str, ...]:
+    def sources(self) -> tuple[str, ...]:
         config = self._training.config
         return tuple(itself.attention_sources(config.model, config.local))
 
-    def _see(self, variables: Any, split: records.Split) -> Seen:
+    def see(self, variables: Any, split: records.Split) -> Seen:
+        """What the model looks at in all pictures and captions of a split."""
         config = self._training.config
         batch_size = sharding.eval_batch_size(config, self._mesh)
         shard = sharding.host_rows(self._mesh)
@@ -179,9 +180,10 @@ class Watcher:
             )
         ).rows(back)
 
-    def _measure(self, seen: Seen) -> dict[str, float]:
+    def measure(self, seen: Seen) -> dict[str, float]:
+        """`grounding.measure` of the split with masks, which `seen` must be of."""
         return grounding.measure(
-            self._sources,
+            self.sources,
             images=grounding.Kept(seen.image.indices, seen.image.valid),
             captions=grounding.Kept(seen.text.indices, seen.text.valid),
             caption_images=self._split.caption_images,

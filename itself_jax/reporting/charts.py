@@ -21,14 +21,14 @@ from itself_jax.reporting import history as history_lib
 
 _SIZE, _DPI = (4.4, 2.9), 160  # inches, dots per inch
 # Okabe and Ito's palette, which colour-blind readers tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F5F00", "#000000")
-_DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DARK, _GREY = "#1f2328", "#6b7280"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#7F5F00", "#000000")
+DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DARK, GREY = "#1f2328", "#6b7280"
 _STYLE = {
     "font.family": "DejaVu Sans",  # matplotlib brings it along
     "font.size": 9,
-    "axes.edgecolor": _GREY,
+    "axes.edgecolor": GREY,
     "axes.labelcolor": _DARK,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -190,7 +190,7 @@ def _pointing(history: history_lib.History) -> tuple[content.Chart, ...]:
     sources = _shown(overall, history)
     rows = np.arange(len(attributes))
     told = []
-    with _axes("share of pictures that show it", "", height=0.9 + 0.26 * len(rows)) as axes:
+    with canvas("share of pictures that show it", "", height=0.9 + 0.26 * len(rows)) as axes:
         shown = {**sources, history_lib.CHANCE: history_lib.CHANCE}
         for style, (label, source) in enumerate(shown.items()):
             values = np.array([at_epoch(tables[name], source) for name in attributes])
@@ -200,16 +200,16 @@ def _pointing(history: history_lib.History) -> tuple[content.Chart, ...]:
                 rows,
                 label=label,
                 linestyle="",
-                color=_GREY if is_chance else _COLOURS[style % len(_COLOURS)],
-                marker="|" if is_chance else _MARKERS[style % len(_MARKERS)],
+                color=GREY if is_chance else COLOURS[style % len(COLOURS)],
+                marker="|" if is_chance else MARKERS[style % len(MARKERS)],
                 markersize=10 if is_chance else 5,
             )
             listed = zip(attributes, values.tolist(), strict=True)
             told.append(f"{label} " + ", ".join(f"{a} {v:.2f}" for a, v in listed))
         axes.set_yticks(rows, [_plain(name.replace("_", " ")) for name in attributes])
         axes.set_xlim(-0.02, 1.02)
-        _legend(axes)
-        png = _png(axes.figure)
+        legend(axes)
+        png = to_png(axes.figure)
     title = f"The pointing game by attribute, after epoch {epoch}"
     alt = f"Share of the pictures in which the most salient patch touches it: {'; '.join(told)}."
     return (content.Chart("measured-pointing-attributes", title, png, alt),)
@@ -228,7 +228,7 @@ def similarities(
     """
     centres = (edges[1:] + edges[:-1]) / 2
     told = []
-    with _axes("similarity (cosine)", "share of the pairs") as axes:
+    with canvas("similarity (cosine)", "share of the pairs") as axes:
         for label, counts, style in (("matched", matched, 0), ("unmatched", unmatched, 1)):
             total = int(counts.sum())
             shares = counts / max(total, 1)
@@ -236,12 +236,12 @@ def similarities(
                 shares,
                 edges,
                 label=f"{label} ({total:,})",
-                color=_COLOURS[style],
-                linestyle=_DASHES[style],
+                color=COLOURS[style],
+                linestyle=DASHES[style],
                 linewidth=1.5,
                 fill=False,
             )
-            axes.stairs(shares, edges, color=_COLOURS[style], fill=True, alpha=0.15)
+            axes.stairs(shares, edges, color=COLOURS[style], fill=True, alpha=0.15)
             if total:
                 mean = float((centres * shares).sum())
                 told.append(f"{total:,} {label} pairs have a mean similarity of {_number(mean)}")
@@ -252,8 +252,8 @@ def similarities(
             axes.set_xlim(edges[filled[0]], edges[filled[-1] + 1])
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6))
-        _legend(axes)
-        png = _png(axes.figure)
+        legend(axes)
+        png = to_png(axes.figure)
     return content.Chart(
         "similarities",
         "Similarity of matched and unmatched pairs",
@@ -328,7 +328,7 @@ def _fusion(result: history_lib.Result) -> content.Chart:
         ):
             if direction in known:
                 value = known[direction]
-                levels.append(_Level(f"{kind}, {label}", value, _COLOURS[style], dashes))
+                levels.append(_Level(f"{kind}, {label}", value, COLOURS[style], dashes))
                 told.append(f"{kind} {_number(value)}")
     told.append(f"α = {result.chosen_alpha:g} is chosen")
     where = f"{result.dataset} {result.split}"
@@ -358,18 +358,18 @@ def _draw(
     is_log: bool = False,
     bottom: float | None = None,
 ) -> content.Chart:
-    with _axes(x, y) as axes:
+    with canvas(x, y) as axes:
         for line in lines:
             is_chance = line.style < 0
             axes.plot(
                 line.x,
                 line.y,
                 label=line.label,
-                color=_GREY if is_chance else _COLOURS[line.style % len(_COLOURS)],
-                linestyle="--" if is_chance else _DASHES[line.style % len(_DASHES)],
+                color=GREY if is_chance else COLOURS[line.style % len(COLOURS)],
+                linestyle="--" if is_chance else DASHES[line.style % len(DASHES)],
                 marker=None
                 if len(line.x) > _MANY or (is_chance and len(line.x) > 1)
-                else _MARKERS[line.style % len(_MARKERS)],
+                else MARKERS[line.style % len(MARKERS)],
             )
         for level in levels:
             axes.axhline(
@@ -388,28 +388,42 @@ def _draw(
         if x in ("step", "epoch"):
             axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, steps=(1, 2, 5, 10)))
         if len(axes.lines) > 1:
-            _legend(axes)
-        png = _png(axes.figure)
+            legend(axes)
+        png = to_png(axes.figure)
     return content.Chart(name, title, png, alt)
 
 
 @contextlib.contextmanager
-def _axes(x: str, y: str, height: float = _SIZE[1]) -> Iterator[axes_lib.Axes]:
+def canvas(x: str, y: str, height: float = _SIZE[1]) -> Iterator[axes_lib.Axes]:
     """Empty axes in our style, whatever the user's own, which is back afterwards."""
+    with panels([""], x, [y], height) as (axes,):
+        yield axes
+
+
+@contextlib.contextmanager
+def panels(
+    titles: Sequence[str], x: str, y: Sequence[str], height: float = _SIZE[1]
+) -> Iterator[tuple[axes_lib.Axes, ...]]:
+    """Axes side by side, as `canvas` has one: a title and a y axis each."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         drawing = figure.Figure(
-            figsize=(_SIZE[0], height), dpi=_DPI, facecolor="white", layout="constrained"
+            figsize=(_SIZE[0] * len(titles), height),
+            dpi=_DPI,
+            facecolor="white",
+            layout="constrained",
         )
         backend_agg.FigureCanvasAgg(drawing)
-        axes = drawing.add_subplot()
-        axes.set_xlabel(x)
-        axes.set_ylabel(_plain(y))
-        yield axes
+        found = tuple(drawing.subplots(1, len(titles), squeeze=False)[0])
+        for axes, title, label in zip(found, titles, y, strict=True):
+            axes.set_title(_plain(title), fontsize=9)
+            axes.set_xlabel(x)
+            axes.set_ylabel(_plain(label))
+        yield found
 
 
-def _legend(axes: axes_lib.Axes) -> None:
+def legend(axes: axes_lib.Axes) -> None:
     """Above the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     labels = [_plain(label) for label in labels]
@@ -417,7 +431,7 @@ def _legend(axes: axes_lib.Axes) -> None:
     axes.figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
-def _png(drawing: figure.Figure) -> bytes:
+def to_png(drawing: figure.Figure) -> bytes:
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", metadata={"Software": None})  # no version: same bytes
     return buffer.getvalue()

@@ -1,0 +1,142 @@
+"""The experiments: which settings are compared, and what the paper says about each.
+
+An arm is one line of a table: changes of `configs/synthetic.py`. Arms of several experiments with
+the same changes are the same runs, trained once.
+"""
+
+from typing import Any, NamedTuple
+
+
+class Arm(NamedTuple):
+    """One setting. `paper`: R@1 in percent of the paper's own row, where it has one."""
+
+    name: str
+    changes: dict[str, Any]
+    paper: float | None = None
+
+
+class Experiment(NamedTuple):
+    """A question, the arms that answer it, and where the paper answers it.
+
+    reference: the row to which the others are compared, seed by seed: an arm, or an answer of each
+      arm.
+    asks: what is asked of trained weights ("inference_saliency", …); "" compares test results.
+    """
+
+    name: str
+    title: str
+    paper: str
+    arms: tuple[Arm, ...]
+    reference: str
+    asks: str = ""
+
+
+BASELINE = {"local.enabled": False}
+# The layer of lowest attention entropy in the paper, the third of twelve; here the first of three.
+_SINGLE = {"local.saliency": "layer:0"}
+_NO_ATS = {"local.ats": False}
+_ON_RSTP = "RSTPReid, ViT-B/16 from CLIP, one run"
+
+_VARIANTS = (
+    Arm("baseline", BASELINE, 61.30),
+    Arm("sl", {**_SINGLE, **_NO_ATS}, 65.00),
+    Arm("mars", _NO_ATS, 66.95),
+    Arm("sl_ats", _SINGLE, 65.95),
+    Arm("itself", {}, 67.30),
+)
+_ITSELF = (Arm("itself", {}),)
+_BOTH = (Arm("baseline", BASELINE), Arm("itself", {}))
+
+
+def _layers(*layers: int) -> dict[str, Any]:
+    return {**_NO_ATS, "local.mars_layers": layers}
+
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        Experiment(
+            "variants",
+            "What each part adds",
+            f"ablation of the components ({_ON_RSTP})",
+            _VARIANTS,
+            "baseline",
+        ),
+        Experiment(
+            "layers",
+            "Which layers MARS rolls over: early (E), middle (M), late (L)",
+            f"choice of layers ({_ON_RSTP})",
+            (
+                Arm("E", _layers(0), 65.00),
+                Arm("M", _layers(1)),
+                Arm("L", _layers(2)),
+                Arm("E+M", _layers(0, 1), 66.15),
+                Arm("M+L", _NO_ATS, 66.95),
+                Arm("E+L", _layers(0, 2), 65.70),
+                Arm("E+M+L", _layers(0, 1, 2), 65.95),
+            ),
+            "M+L",
+        ),
+        Experiment(
+            "discard",
+            "Which share of its attention MARS discards",
+            f"discard ratio ({_ON_RSTP})",
+            tuple(
+                Arm(
+                    f"{share:.2f}",
+                    _NO_ATS if share == 0.25 else {**_NO_ATS, "local.mars_discard": share},
+                    paper,
+                )
+                for share, paper in ((0.10, 66.20), (0.25, 66.95), (0.35, 65.65), (0.45, 66.30))
+            ),
+            "0.25",
+        ),
+        Experiment(
+            "ats",
+            "How the number of kept tokens shrinks",
+            f"ATS by step, by epoch, and its end ({_ON_RSTP}; by step and none with SL)",
+            (
+                Arm("none", _NO_ATS, 66.95),
+                Arm("per step, to 0.5", {}, 67.30),
+                Arm("per epoch, to 0.5", {"local.ats_per_epoch": True}),
+                Arm("per step, to 0.4", {"local.ratio_end": 0.4}),
+                Arm("per step, to 0.3", {"local.ratio_end": 0.3}),
+            ),
+            "none",
+        ),
+        Experiment(
+            "inference_saliency",
+            "The same weights, evaluated with another selection",
+            "none: the released code trains with MARS and evaluates with the last layer at 0.4",
+            _ITSELF,
+            "last 0.4",
+            "inference_saliency",
+        ),
+        Experiment(
+            "mismatch_label",
+            "What CID calls a mismatched pair",
+            "none: the released code takes the largest identity of the batch for it",
+            (
+                Arm("extra class", {"loss.mismatch_label": "extra_class"}),
+                Arm("batch_max", {"loss.mismatch_label": "batch_max"}),
+            ),
+            "extra class",
+        ),
+        Experiment(
+            "protocol",
+            "What choosing epoch and weight on the test split adds to R@1",
+            "none: the released code chooses both on test",
+            _BOTH,
+            "both on val",
+            "protocol",
+        ),
+        Experiment(
+            "early_evidence",
+            "What is left when the picture shows the k most salient patches alone, by epoch",
+            "Fig. 2 (last layer, CUHK-PEDES) and Fig. 7 (entropy of attention)",
+            _BOTH,
+            "",
+            "early_evidence",
+        ),
+    )
+}
