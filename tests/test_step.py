@@ -502,10 +502,11 @@ def test_blocks_that_are_computed_again_are_not_in_memory_together(monkeypatch):
     monkeypatch.setattr(step, "_LARGE", 0)
 
     def planned(remat):
-        deep = {"model__vision_depth": 8, "model__patch_size": 4, "model__image_size": (64, 32)}
+        deep = {"model__vision_depth": 5, "model__patch_size": 4, "model__image_size": (64, 32)}
+        deep |= {"model__text_depth": 1, "local__enabled": False}
         return compiled(remat=remat, **deep).memory_analysis().temp_size_in_bytes
 
-    assert planned("block") < 0.45 * planned("none")
+    assert planned("block") < 0.5 * planned("none")
 
 
 def test_the_option_of_large_steps_lets_independent_branches_share_their_memory(monkeypatch):
