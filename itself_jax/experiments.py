@@ -57,11 +57,15 @@ def _run(name: str) -> None:
     experiment = plans.EXPERIMENTS[name]
     base = command.configuration(_CONFIG)
     folder = pathlib.Path(_WORKDIR.value)
+    # All at once: an arm that the configuration does not allow must not be found after hours.
+    planned = [
+        [(arm, runs.plan(base, arm, seed, folder)) for arm in experiment.arms]
+        for seed in range(_SEEDS.value)
+    ]
     records: dict[str, dict[int, dict]] = {arm.name: {} for arm in experiment.arms}
     found = {}
-    for seed in range(_SEEDS.value):
-        for arm in experiment.arms:
-            run = runs.plan(base, arm, seed, folder)
+    for seed, of_seed in enumerate(planned):
+        for arm, run in of_seed:
             record = runs.finished(run, command.say)
             if experiment.asks and experiment.asks not in record["answers"]:
                 runs.train(run, command.say)  # its weights may be elsewhere
