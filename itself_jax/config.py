@@ -144,7 +144,7 @@ class Config:
     dataset: str = "synthetic"
     data_root: str | None = None
     eval_datasets: tuple[str, ...] = ()
-    init_from: str | None = None
+    init_from: str | None = None  # a path, or the name of weights that come with the package
     model: Model = Model()
     local: Local = Local()
     loss: Loss = Loss()
@@ -192,6 +192,7 @@ CHANGEABLE = (
 
 
 _TINY = {
+    "init_from": None,
     "model.image_size": (96, 32),
     "model.patch_size": 16,
     "model.vision_width": 64,

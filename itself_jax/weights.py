@@ -34,6 +34,10 @@ LOCAL = tuple(
     for collection in ("params", "batch_stats")
     for part in ("image_grab", "text_grab", "local_heads")
 )
+# Weights that come with the package, by the name that `init_from` has for them.
+SHIPPED = {
+    "synthetic_clip": pathlib.Path(__file__).resolve().parent / "data" / "synthetic_clip.npz"
+}
 # What `describe` writes beside arrays of a foreign layout, and the checkpoint of a conversion.
 DESCRIPTION = "itself_jax"
 LOGIT_SCALE = "logit_scale"
@@ -98,6 +102,7 @@ def open_(source: str | os.PathLike, log: Log, ours: hosts.Hosts | None = None) 
       WeightsError, WeightFileError, CheckpointError: it is nothing that can be understood here,
         damaged, or of an unknown layout; one sentence each.
     """
+    source = SHIPPED.get(os.fspath(source), source)
     in_bucket = not remote.is_local(source)
     source = files.place(source) if in_bucket else pathlib.Path(source).expanduser()
     if _is_checkpoint_folder(source) or _is_checkpoint_folder(source / "checkpoints"):

@@ -323,12 +323,30 @@ def _configs(name):
     return module
 
 
+def test_the_embedded_job_starts_from_shipped_weights_or_from_scratch():
+    module = _configs("synthetic")
+    config = config_lib.from_dict(module.get_config("sl"))
+    assert (config.init_from, config.local.saliency) == ("synthetic_clip", "layer:0")
+    scratch = config_lib.from_dict(module.get_config("scratch,sl"))
+    assert (scratch.init_from, scratch.local.saliency) == (None, "layer:0")
+    assert (scratch.model.vision_depth, scratch.num_epochs) == (2, 14)
+    with pytest.raises(config_lib.ConfigError, match="'scrach' is unknown"):
+        module.get_config("scrach")
+
+
+def test_the_shipped_weights_are_of_a_run_on_other_people():
+    here = config_lib.from_dict(_configs("synthetic").get_config())
+    there = config_lib.from_dict(_configs("synthetic_pretrain").get_config())
+    assert there.synthetic.seed != here.synthetic.seed and there.init_from is None
+    assert there.model == here.model and not there.local.enabled
+
+
 @pytest.mark.parametrize("name", ["synthetic", "cuhk", "icfg", "rstp"])
 def test_the_tiny_variant_is_small_for_every_config_and_combines(name):
     module = _configs(name)
     config = config_lib.from_dict(module.get_config("tiny,baseline"))
     assert config.dataset == config_lib.from_dict(module.get_config()).dataset
-    assert not config.local.enabled
+    assert not config.local.enabled and config.init_from is None
     assert (config.model.vision_depth, config.model.text_depth, config.num_epochs) == (2, 2, 2)
     assert (config.model.vision_width, config.model.vision_heads) == (64, 4)
     single = config_lib.from_dict(module.get_config("sl,tiny"))

@@ -51,7 +51,10 @@ def call(*arguments):
         (("variants", "--workdir=x", "--seeds=0"), "--seeds=0: at least one seed"),
         (("variants",), "--workdir=DIR is needed"),
         (("variants", "--workdir=x", "--config=configs/none.py"), "configs/none.py"),
-        (("layers", "--workdir=x"), "local.mars_layers"),  # the default has two layers
+        (
+            ("layers", "--workdir=x", "--config=configs/synthetic.py:scratch"),  # of two layers
+            "local.mars_layers",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(tmp_path, arguments, sentence):
