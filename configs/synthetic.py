@@ -36,6 +36,7 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
     config.augment.pad = 2  # the published 10 pixels are half of these pictures' width
     config.batch_size = 32
     config.warmup_epochs = 1
+    config.optim.learning_rate = 3e-4
     config.optim.local_learning_rate = 2e-3
     config.optim.eps = 1e-8
 
@@ -45,11 +46,9 @@ def get_config(variants: str = "") -> ml_collections.ConfigDict:
         model.vision_depth = model.text_depth = 2
         local.ats_horizon_steps = "10ep"
         config.num_epochs = 14
-        config.optim.learning_rate = 3e-4
     else:
         config.init_from = "synthetic_clip"
         model.vision_depth = model.text_depth = 3
         local.ats_horizon_steps = "3ep"
         config.num_epochs = 4
-        config.optim.learning_rate = 1e-4
     return config_lib.apply_variants(config, ",".join(names))
