@@ -68,8 +68,6 @@ EXPERIMENTS = {
             f"choice of layers ({_ON_RSTP})",
             (
                 Arm("E", _layers(0), 65.00),
-                Arm("M", _layers(1)),
-                Arm("L", _layers(2)),
                 Arm("E+M", _layers(0, 1), 66.15),
                 Arm("M+L", _NO_ATS, 66.95),
                 Arm("E+L", _layers(0, 2), 65.70),
@@ -99,7 +97,6 @@ EXPERIMENTS = {
                 Arm("none", _NO_ATS, 66.95),
                 Arm("per step, to 0.5", {}, 67.30),
                 Arm("per epoch, to 0.5", {"local.ats_per_epoch": True}),
-                Arm("per step, to 0.4", {"local.ratio_end": 0.4}),
                 Arm("per step, to 0.3", {"local.ratio_end": 0.3}),
             ),
             "none",
