@@ -44,6 +44,8 @@ _VARIANTS = (
     Arm("sl_ats", _SINGLE, 65.95),
     Arm("itself", {}, 67.30),
 )
+# Longer, since nothing is known at the start; ATS ends after three quarters, as with pre-training.
+_SCRATCH = {"init_from": None, "num_epochs": 8, "local.ats_horizon_steps": "6ep"}
 _ITSELF = (Arm("itself", {}),)
 _BOTH = (Arm("baseline", BASELINE), Arm("itself", {}))
 
@@ -60,6 +62,13 @@ EXPERIMENTS = {
             "What each part adds",
             f"ablation of the components ({_ON_RSTP})",
             _VARIANTS,
+            "baseline",
+        ),
+        Experiment(
+            "scratch",
+            "What the local branch adds where nothing is pre-trained",
+            "none: the paper starts from CLIP",
+            (Arm("baseline", {**BASELINE, **_SCRATCH}), Arm("itself", _SCRATCH)),
             "baseline",
         ),
         Experiment(
