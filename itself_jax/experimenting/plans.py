@@ -67,7 +67,7 @@ EXPERIMENTS = {
         Experiment(
             "scratch",
             "What the local branch adds where nothing is pre-trained",
-            "none: the paper starts from CLIP",
+            "nothing; the paper starts from CLIP",
             (Arm("baseline", {**BASELINE, **_SCRATCH}), Arm("itself", _SCRATCH)),
             "baseline",
         ),
@@ -113,7 +113,7 @@ EXPERIMENTS = {
         Experiment(
             "inference_saliency",
             "The same weights, evaluated with another selection",
-            "none: the released code trains with MARS and evaluates with the last layer at 0.4",
+            "nothing; the released code trains with MARS and evaluates with the last layer at 0.4",
             _ITSELF,
             "last 0.4",
             "inference_saliency",
@@ -121,7 +121,7 @@ EXPERIMENTS = {
         Experiment(
             "mismatch_label",
             "What CID calls a mismatched pair",
-            "none: the released code takes the largest identity of the batch for it",
+            "nothing; the released code takes the largest identity of the batch for it",
             (
                 Arm("extra class", {"loss.mismatch_label": "extra_class"}),
                 Arm("batch_max", {"loss.mismatch_label": "batch_max"}),
@@ -131,7 +131,7 @@ EXPERIMENTS = {
         Experiment(
             "protocol",
             "What choosing epoch and weight on the test split adds to R@1",
-            "none: the released code chooses both on test",
+            "nothing; the released code chooses both on test",
             _BOTH,
             "both on val",
             "protocol",

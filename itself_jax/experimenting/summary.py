@@ -13,7 +13,12 @@ from itself_jax.experimenting import plans
 from itself_jax.reporting import charts
 
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by arm, then by seed
-_METRICS = {"R1": "R@1", "mAP": "mAP", "local_R1": "R@1, local alone"}
+_METRICS = {
+    "R1": "R@1",
+    "mAP": "mAP",
+    "global_R1": "R@1, global alone",
+    "local_R1": "R@1, local alone",
+}
 _DIGITS = {"attention": 2}  # nats; all else is in percent
 
 
@@ -91,10 +96,7 @@ def _rows(experiment: plans.Experiment, records: Records) -> list[_Row]:
         return [
             _Row(
                 arm.name,
-                {
-                    seed: {"R1": chosen(record), "mAP": chosen(record, "mAP")}
-                    for seed, record in records[arm.name].items()
-                },
+                {seed: _of_test(record) for seed, record in records[arm.name].items()},
                 experiment.reference,
                 arm.paper,
             )
@@ -108,6 +110,15 @@ def _rows(experiment: plans.Experiment, records: Records) -> list[_Row]:
             values = {seed: answer[name] for seed, answer in answers.items()}
             rows.append(_Row(prefix + name, values, prefix + experiment.reference))
     return rows
+
+
+def _of_test(record: Mapping[str, Any]) -> dict[str, float]:
+    """A run's result, and what either embedding finds alone, where there are two."""
+    values = {"R1": chosen(record), "mAP": chosen(record, "mAP")}
+    if "t2i local" in record["test"]:
+        for part in ("global", "local"):
+            values[f"{part}_R1"] = record["test"][f"t2i {part}"]["R1"]
+    return values
 
 
 def _told(row: _Row, all_rows: Mapping[str, _Row]) -> dict[str, Any]:
@@ -153,7 +164,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"### {summary['title']}",
         "",
         f"`{summary['experiment']}`, seeds {', '.join(map(str, seeds))}: mean ± standard error "
-        f"over {len(seeds)} seeds, in percent. Chance has R@1 {summary['chance_R1']:.1f}"
+        f"over {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}, in percent. Chance has R@1 "
+        f"{summary['chance_R1']:.1f}"
         + (f", the oracle {oracle:.1f}" if oracle is not None else "")
         + f". Another test set of as many identities would move R@1 by "
         f"{summary['error_of_test_set']:.1f} (bootstrap), nearly alike in all rows. In the paper: "
@@ -168,7 +180,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    metrics = {key: label for key, label in _METRICS.items() if key in rows[0]}
+    metrics = {key: label for key, label in _METRICS.items() if any(key in row for row in rows)}
     papers = any(row["paper"] is not None for row in rows)
     references = dict.fromkeys(row["compared_to"] for row in rows)
     beside = f"beside {next(iter(references))}" if len(references) == 1 else "beside the first"
@@ -176,12 +188,16 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
         difference = row.get("difference")
-        cells = [row["row"], *(Mean(**row[key]).told() for key in metrics)]
+        cells = [row["row"], *(_cell(row, key) for key in metrics)]
         cells.append(Mean(**difference).told(signed=True) if difference else "")
         if papers:
             cells.append("" if row["paper"] is None else f"{row['paper']:.2f}")
         lines.append(_line(cells))
     return [*lines, ""]
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    return Mean(**row[key]).told() if key in row else ""
 
 
 def _by_epoch(title: str, curves: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -26,7 +26,9 @@ def test_a_table_is_what_the_records_say(name, base):
     experiment = plans.EXPERIMENTS[name]
     published = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     records = {
-        arm.name: {seed: runs.read(runs.plan(base, arm, seed, FOLDER)) for seed in published["seeds"]}
+        arm.name: {
+            seed: runs.read(runs.plan(base, arm, seed, FOLDER)) for seed in published["seeds"]
+        }
         for arm in experiment.arms
     }
     assert all(record for by_seed in records.values() for record in by_seed.values())

@@ -76,6 +76,19 @@ def test_the_table_says_what_stands_in_it():
     assert "Chance has R@1 0.5, the oracle 83.0" in text
 
 
+def test_what_either_embedding_finds_alone_has_a_column_where_there_are_two():
+    records = {
+        "baseline": {0: record_samples.record(10.0)},
+        "itself": {0: record_samples.record(13.0)},
+    }
+    records["itself"][0]["test"]["t2i local"] = {"R1": 7.0, "mAP": 5.0}
+    text = summary.markdown(summary.summarise(EXPERIMENT, records))
+    assert "over 1 seed, in percent" in text
+    assert "| R@1 | mAP | R@1, global alone | R@1, local alone | R@1 beside baseline" in text
+    assert "| baseline | 10.0 | 5.0 |  |  |  | 61.30 |" in text
+    assert "| itself | 13.0 | 6.5 | 1.0 | 7.0 | +3.0 |  |" in text
+
+
 def test_answers_are_compared_within_their_arm():
     experiment = plans.EXPERIMENTS["protocol"]
     records = {
