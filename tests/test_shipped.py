@@ -1,5 +1,8 @@
 """The weights that come with the package."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -7,6 +10,7 @@ from itself_jax import assessment, interrupt, weights
 from tests import tiny
 
 NAME = "synthetic_clip"
+WORDS = "params/text_encoder/token_embedding/embedding"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +27,7 @@ def test_they_are_small_and_whole(shipped):
 
 
 def test_words_that_no_caption_had_are_zero(shipped):
-    words = shipped.arrays["params/text_encoder/token_embedding/embedding"].read()
+    words = shipped.arrays[WORDS].read()
     known = np.abs(words).sum(axis=1) > 0
     assert 150 < known.sum() < 2000
     assert known[[49405, 49406, 49407]].all()  # <|mask|>, SOT, EOT
@@ -44,3 +48,32 @@ def test_they_find_people_that_they_never_met(tmp_path):
     rank1 = {row["direction"]: row["R1"] for row in results["rows"]}
     assert rank1["t2i"] > 10 * results["chance_R1"]["t2i"]
     assert rank1["i2t"] > 10 * results["chance_R1"]["i2t"]
+
+
+@pytest.mark.slow
+def test_a_run_becomes_such_a_file(tmp_path):
+    """What `benchmarks/slim.py` writes is the run's encoders, and the words that it has seen."""
+    settings = tiny.settings(tmp_path / "data", local__enabled=False, num_epochs=2)
+    tiny.run(settings, tmp_path / "run")
+    target = tmp_path / "slim.npz"
+    done = subprocess.run(
+        [sys.executable, "benchmarks/slim.py", tmp_path / "run", target],
+        cwd=tiny.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "words, R@1 on val" in done.stdout
+    whole, slim = weights.open_(tmp_path / "run", print), weights.open_(target, print)
+    assert not slim.has_local and slim.num_identities is None
+    assert slim.arrays.keys() == {
+        name for name in whole.arrays if not name.startswith(weights.HEADS)
+    }
+    for name, array in slim.arrays.items():
+        before, after = whole.arrays[name].read(), array.read()
+        if name == WORDS:
+            seen = np.abs(after).sum(axis=1) > 0
+            assert 20 < seen.sum() < 1000
+            before, after = before[seen], after[seen]
+        np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-6)
