@@ -2,7 +2,7 @@
 
 Both encoders of a run on the embedded data set, under OpenAI's names, in half precision and
 compressed. Of the token embeddings, rows of words that its captions never had are zero; classifiers
-are left out.
+and a local branch are left out.
 """
 
 import argparse
@@ -14,8 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from itself_jax import checkpoint, dialects, files, splits, weights, workdir
 from itself_jax import config as config_lib
-from itself_jax import dialects, files, splits, weights, workdir
 from itself_jax.data import tokenizer
 
 _WORDS = "token_embedding.weight"
@@ -29,8 +29,13 @@ def main() -> None:
     parser.add_argument("file", type=pathlib.Path, help="the .npz to write")
     options = parser.parse_args()
     saved = workdir.Workdir(options.run, writes=False).saved_config()
+    if saved is None:
+        parser.error(f"{options.run} holds no run: train there first")
     config = config_lib.from_dict(saved["config"])
-    found = weights.open_(options.run, print)
+    try:
+        found = weights.of_run(options.run, print)
+    except checkpoint.CheckpointError as error:
+        parser.error(str(error))
     encoders = {
         name: array
         for name, array in found.arrays.items()

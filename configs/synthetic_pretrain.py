@@ -1,4 +1,4 @@
-"""The checkpoint that `configs/synthetic.py` may start from; it stands for CLIP.
+"""The checkpoint that `configs/synthetic.py` starts from; it stands for CLIP.
 
     python -m itself_jax.main --config=configs/synthetic_pretrain.py --workdir=runs/pretrain
     python benchmarks/slim.py runs/pretrain itself_jax/data/synthetic_clip.npz

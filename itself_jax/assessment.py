@@ -77,6 +77,8 @@ def evaluate_only(
     if is_own:
         best = weights.of_run(directory.path, log, ours)
     else:
+        if config.init_from in weights.SHIPPED:
+            log(f"{path} holds no run: the weights that come with the package are tested.")
         best = weights.open_(config.init_from, log, ours)
     fitting.say_replaced(config, best.sizes, best.source, log)
     config = fitting.resolve(config, best, log, training=False)
@@ -105,9 +107,15 @@ def evaluate_only(
 
 
 def started_from(directory: workdir.Workdir, source: str) -> bool:
-    """Whether the directory holds a run from these weights, whose own are then meant."""
+    """Whether the directory holds a run whose own weights are meant, rather than `source`.
+
+    So of a run from these weights, and of every run where they come with the package: a
+    configuration then names them as a start, not as what to test.
+    """
     saved = directory.saved_config()
-    return saved is not None and saved["config"].get("init_from") == source
+    return saved is not None and (
+        source in weights.SHIPPED or saved["config"].get("init_from") == source
+    )
 
 
 def describe_weights(found: weights.Weights) -> str:

@@ -2,7 +2,7 @@
 
     python -m itself_jax.experiments NAME --workdir=DIR --seeds=N [--config=FILE]
 
-NAME is one of variants, scratch, layers, discard, ats, inference_saliency, mismatch_label,
+NAME is one of variants, untrained, layers, discard, ats, inference_saliency, mismatch_label,
 protocol, early_evidence. Runs are trained in DIR/runs, one after the other, and what remains of
 each is a file in DIR/records: what is there is not done again, also for another experiment that
 needs the same run. DIR/NAME.md, .png and .json are written after each seed. `--config` is what is

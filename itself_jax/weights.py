@@ -98,6 +98,8 @@ class Weights(NamedTuple):
 def open_(source: str | os.PathLike, log: Log, ours: hosts.Hosts | None = None) -> Weights:
     """Whatever `config.init_from` names. Arrays of foreign files are read when they are needed.
 
+    A name of `SHIPPED` is not looked for in the working directory; "./NAME" is.
+
     Raises:
       WeightsError, WeightFileError, CheckpointError: it is nothing that can be understood here,
         damaged, or of an unknown layout; one sentence each.
@@ -111,6 +113,11 @@ def open_(source: str | os.PathLike, log: Log, ours: hosts.Hosts | None = None) 
         raise WeightsError(
             f"{source} is no work directory with checkpoints; copy a file of other weights here, "
             "and give its local path."
+        )
+    if source.name == str(source) and not source.suffix and not source.exists():
+        raise WeightsError(
+            f"{source} is no file here, nor weights that come with the package: those are "
+            f"{', '.join(SHIPPED)}."
         )
     try:
         file = weight_files.read(source)

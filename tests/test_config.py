@@ -334,7 +334,7 @@ def test_the_embedded_job_starts_from_shipped_weights_or_from_scratch():
         module.get_config("scrach")
 
 
-def test_the_shipped_weights_are_of_a_run_on_other_people():
+def test_the_shipped_weights_are_made_from_other_people():
     here = config_lib.from_dict(_configs("synthetic").get_config())
     there = config_lib.from_dict(_configs("synthetic_pretrain").get_config())
     assert there.synthetic.seed != here.synthetic.seed and there.init_from is None

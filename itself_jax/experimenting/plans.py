@@ -45,7 +45,7 @@ _VARIANTS = (
     Arm("itself", {}, 67.30),
 )
 # Longer, since nothing is known at the start; ATS ends after three quarters, as with pre-training.
-_SCRATCH = {"init_from": None, "num_epochs": 8, "local.ats_horizon_steps": "6ep"}
+_UNTRAINED = {"init_from": None, "num_epochs": 8, "local.ats_horizon_steps": "6ep"}
 _ITSELF = (Arm("itself", {}),)
 _BOTH = (Arm("baseline", BASELINE), Arm("itself", {}))
 
@@ -65,10 +65,10 @@ EXPERIMENTS = {
             "baseline",
         ),
         Experiment(
-            "scratch",
+            "untrained",
             "What the local branch adds where nothing is pre-trained",
             "nothing; the paper starts from CLIP",
-            (Arm("baseline", {**BASELINE, **_SCRATCH}), Arm("itself", _SCRATCH)),
+            (Arm("baseline", {**BASELINE, **_UNTRAINED}), Arm("itself", _UNTRAINED)),
             "baseline",
         ),
         Experiment(

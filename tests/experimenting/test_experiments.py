@@ -45,7 +45,7 @@ def call(*arguments):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "give one experiment: variants, scratch, layers"),
+        ((), "give one experiment: variants, untrained, layers"),
         (("variant", "--workdir=x"), "give one experiment: variants"),
         (("variants", "ats", "--workdir=x"), "give one experiment"),
         (("variants", "--workdir=x", "--seeds=0"), "--seeds=0: at least one seed"),
