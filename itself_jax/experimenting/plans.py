@@ -94,7 +94,7 @@ EXPERIMENTS = {
                     _NO_ATS if share == 0.25 else {**_NO_ATS, "local.mars_discard": share},
                     paper,
                 )
-                for share, paper in ((0.10, 66.20), (0.25, 66.95), (0.35, 65.65), (0.45, 66.30))
+                for share, paper in ((0.10, 66.20), (0.25, 66.95), (0.45, 66.30))
             ),
             "0.25",
         ),
