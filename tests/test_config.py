@@ -1,14 +1,13 @@
 """The one door for settings: what it accepts, what it refuses, and what it says."""
 
 import dataclasses
-import importlib.util
-import pathlib
 import re
 
 import ml_collections
 import pytest
 
 from itself_jax import config as config_lib
+from tests import tiny
 
 
 def given(key: str, value) -> config_lib.Config:
@@ -314,17 +313,8 @@ def test_grid_counts_whole_patches(size, patch, stride, grid):
     assert config_lib.Model(image_size=size, patch_size=patch, stride=stride).grid == grid
 
 
-def _configs(name):
-    """The module `configs/NAME.py`."""
-    path = pathlib.Path(__file__).parents[1] / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_embedded_job_starts_from_shipped_weights_or_from_scratch():
-    module = _configs("synthetic")
+    module = tiny.configs("synthetic")
     config = config_lib.from_dict(module.get_config("sl"))
     assert (config.init_from, config.local.saliency) == ("synthetic_clip", "layer:0")
     scratch = config_lib.from_dict(module.get_config("scratch,sl"))
@@ -335,15 +325,15 @@ def test_the_embedded_job_starts_from_shipped_weights_or_from_scratch():
 
 
 def test_the_shipped_weights_are_made_from_other_people():
-    here = config_lib.from_dict(_configs("synthetic").get_config())
-    there = config_lib.from_dict(_configs("synthetic_pretrain").get_config())
+    here = config_lib.from_dict(tiny.configs("synthetic").get_config())
+    there = config_lib.from_dict(tiny.configs("synthetic_pretrain").get_config())
     assert there.synthetic.seed != here.synthetic.seed and there.init_from is None
     assert there.model == here.model and not there.local.enabled
 
 
 @pytest.mark.parametrize("name", ["synthetic", "cuhk", "icfg", "rstp"])
 def test_the_tiny_variant_is_small_for_every_config_and_combines(name):
-    module = _configs(name)
+    module = tiny.configs(name)
     config = config_lib.from_dict(module.get_config("tiny,baseline"))
     assert config.dataset == config_lib.from_dict(module.get_config()).dataset
     assert not config.local.enabled and config.init_from is None

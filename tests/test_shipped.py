@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -41,11 +40,7 @@ def test_words_that_no_caption_had_are_zero(shipped):
 
 
 def test_they_are_what_the_embedded_run_is_configured_for(shipped):
-    path = tiny.ROOT / "configs" / "synthetic.py"
-    spec = importlib.util.spec_from_file_location("synthetic", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    asked = config_lib.from_dict(module.get_config()).model
+    asked = config_lib.from_dict(tiny.configs("synthetic").get_config()).model
     activation = shipped.config.model.activation
     assert dataclasses.replace(asked, activation=activation) == shipped.config.model
 
@@ -87,13 +82,7 @@ def test_a_run_becomes_such_a_file(tmp_path):
     settings = tiny.settings(tmp_path / "data", local__enabled=False, num_epochs=2)
     tiny.run(settings, tmp_path / "run")
     target = tmp_path / "slim.npz"
-    done = subprocess.run(
-        [sys.executable, "benchmarks/slim.py", tmp_path / "run", target],
-        cwd=tiny.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = slim_down(tmp_path / "run", target)
     assert done.returncode == 0, done.stderr
     assert "words, R@1 on val" in done.stdout
     whole, slim = weights.open_(tmp_path / "run", print), weights.open_(target, print)
@@ -108,11 +97,19 @@ def test_a_run_becomes_such_a_file(tmp_path):
             assert 20 < seen.sum() < 1000
             before, after = before[seen], after[seen]
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-6)
-    again = subprocess.run(
-        [sys.executable, "benchmarks/slim.py", tmp_path / "none", target],
+
+
+def test_what_holds_no_run_is_refused_in_one_sentence(tmp_path):
+    done = slim_down(tmp_path / "none", tmp_path / "slim.npz")
+    assert done.returncode == 2 and "holds no run: train there first" in done.stderr
+    assert not (tmp_path / "slim.npz").exists()
+
+
+def slim_down(run, target):
+    return subprocess.run(
+        [sys.executable, "benchmarks/slim.py", run, target],
         cwd=tiny.ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert again.returncode == 2 and "holds no run" in again.stderr

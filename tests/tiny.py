@@ -5,11 +5,13 @@ is read before flags are refused.
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import ml_collections
 import numpy as np
@@ -51,6 +53,15 @@ def get_config() -> ml_collections.ConfigDict:
     config.eval.watch = 0  # two programs less to compile; tests/test_watching.py has them
     config.log_every = 1
     return config
+
+
+def configs(name: str) -> types.ModuleType:
+    """The module `configs/NAME.py`."""
+    path = ROOT / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def settings(data_root: os.PathLike, **changes: object) -> config_lib.Config:

@@ -32,7 +32,8 @@ class Experiment(NamedTuple):
 
 
 BASELINE = {"local.enabled": False}
-# The layer of lowest attention entropy in the paper, the third of twelve; here the first of three.
+# In the paper the layer of lowest attention entropy, the third of twelve: an early one, as here the
+# first of three is (whose entropy is not the lowest).
 _SINGLE = {"local.saliency": "layer:0"}
 _NO_ATS = {"local.ats": False}
 _ON_RSTP = "RSTPReid, ViT-B/16 from CLIP, one run"

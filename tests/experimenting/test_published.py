@@ -1,24 +1,19 @@
 """The results under docs/experiments follow from the records there, and the page shows them."""
 
-import importlib.util
 import json
-import pathlib
 
 import pytest
 
 from itself_jax import config as config_lib
 from itself_jax.experimenting import plans, runs, summary
+from tests import tiny
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "docs" / "experiments"
+FOLDER = tiny.ROOT / "docs" / "experiments"
 
 
 @pytest.fixture(scope="module")
 def base():
-    spec = importlib.util.spec_from_file_location("synthetic", ROOT / "configs" / "synthetic.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return config_lib.from_dict(module.get_config())
+    return config_lib.from_dict(tiny.configs("synthetic").get_config())
 
 
 @pytest.mark.parametrize("name", plans.EXPERIMENTS)
