@@ -516,7 +516,7 @@ def test_a_missing_package_is_said_before_anything_is_read(package, tmp_path, mo
     message = rf"onnx needs the package {package}, .*: pip install 'itself_jax\[export\]'"
     with pytest.raises(exporting.ExportError, match=message):
         exporting.export("nothing", tmp_path / "out", quiet)
-    with pytest.raises(weights.weight_files.WeightFileError, match="nothing"):
+    with pytest.raises(weights.WeightsError, match="nothing"):
         exporting.export("nothing", tmp_path / "out", quiet, formats=("stablehlo",))
 
 
