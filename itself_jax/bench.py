@@ -344,9 +344,8 @@ COMMANDS: dict[str, Callable[[config_lib.Config], None]] = {
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag or key ends the program with 2 and one sentence."""
-    try:
-        command.check_overrides(argv)
-        rest = flags.FLAGS(list(argv))
+
+    def check(rest: list[str]) -> None:
         if len(rest) != 2 or rest[1] not in COMMANDS:
             got = " ".join(rest[1:]) or "nothing"
             raise flags.Error(
@@ -357,11 +356,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise flags.Error("--config is required, e.g. --config=configs/cuhk.py")
         if _JSON.value is not None and (not _JSON.value or os.path.isdir(_JSON.value)):
             raise flags.Error(f"--json={_JSON.value}: expected a file, e.g. --json=bench.json")
-        return rest
-    except (flags.Error, config_lib.ConfigError) as error:
-        command.stop(command.REJECTED, error)
-    except Exception as error:  # a config file is a program: it may fail in any way
-        command.stop(command.REJECTED, f"--config: {error}")
+
+    return command.parsed(argv, check)
 
 
 def main(argv: Sequence[str]) -> None:

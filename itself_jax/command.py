@@ -63,16 +63,39 @@ def stop(code: int, reason: object) -> NoReturn:
 
 
 def parsed(argv: Sequence[str], check: Callable[[list[str]], object]) -> list[str]:
-    """Parses the command line; a rejected flag ends the program with 2 and one sentence.
+    """Parses the command line; a rejected flag or key ends the program with 2 and one sentence.
 
     check: takes the program's name and what follows the flags; may raise `flags.Error`.
     """
     try:
-        rest = flags.FLAGS(list(argv))
+        if "config" in flags.FLAGS:
+            _check_overrides(argv)
+        rest = _parsed(argv)
         check(rest)
         return rest
-    except flags.Error as error:
+    except (flags.Error, config_lib.ConfigError) as error:
         stop(REJECTED, error)
+
+
+def _parsed(argv: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(list(argv))
+    except Exception as error:  # a config file is a program: it may fail in any way
+        cause = _of_config_file(error)
+        if cause is None:
+            raise
+        given = [value[len("--config=") :] for value in argv if value.startswith("--config=")]
+        raise flags.Error(f"--config{''.join(f'={x}' for x in given[-1:])}: {cause}") from error
+
+
+def _of_config_file(error: BaseException) -> BaseException | None:
+    """What a config file raised, as it was; None for an error of the command line itself."""
+    if not isinstance(error, flags.Error):
+        return error
+    # ml_collections raises a ValueError or TypeError anew, with its whole traceback as the text.
+    context = error.__context__
+    wrapped = context is not None and str(context).startswith("Error whilst parsing config file")
+    return context.__context__ if wrapped else None
 
 
 def run(work: Callable[[], object], *, debug: bool) -> None:
@@ -152,7 +175,7 @@ def configuration(flag: flags.FlagHolder) -> config_lib.Config:
         raise config_lib.ConfigError(str(error).replace("\n", " ")) from error
 
 
-def check_overrides(argv: Sequence[str]) -> None:
+def _check_overrides(argv: Sequence[str]) -> None:
     """Whether every `--config.KEY=…` names a setting; before the flags themselves are parsed.
 
     Raises:
@@ -160,7 +183,7 @@ def check_overrides(argv: Sequence[str]) -> None:
     """
     known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
     for argument in argv[1:]:
-        override = re.match(r"--config\.([^=]+)", argument)
+        override = re.match(r"--?config\.([^=]+)", argument)
         key = override[1] if override else ""
         if key and (group := [name for name in known if name.startswith(f"{key}.")]):
             raise config_lib.ConfigError(

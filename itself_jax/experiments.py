@@ -11,6 +11,7 @@ rejected; 75 stopped by a signal: the same command goes on.
 """
 
 import pathlib
+import re
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -18,10 +19,18 @@ from ml_collections import config_flags
 
 from itself_jax import command
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/synthetic.py", "What is varied.")
+_VARIED = "configs/synthetic.py"
+_CONFIG = config_flags.DEFINE_config_file("config", None, f"What is varied [{_VARIED}].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the runs and tables.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0..N-1.")
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line; a rejected flag or key ends the program with 2 and one sentence."""
+    given = any(re.match(r"--?config(=|$)", argument) for argument in argv[1:])
+    # A default of the flag would be read where it is defined: out of reach of what explains errors.
+    return command.parsed([argv[0], *([] if given else [f"--config={_VARIED}"]), *argv[1:]], _check)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(argv: list[str]) -> None:
+    from itself_jax.data import remote
     from itself_jax.experimenting import plans
 
     if len(argv) != 2 or argv[1] not in plans.EXPERIMENTS:
@@ -37,6 +47,11 @@ def _check(argv: list[str]) -> None:
         raise flags.Error(f"--seeds={_SEEDS.value}: at least one seed is needed")
     if not _WORKDIR.value:
         raise flags.Error("--workdir=DIR is needed: runs, records and tables go there")
+    if not remote.is_local(_WORKDIR.value):
+        raise flags.Error(
+            f"--workdir={_WORKDIR.value}: experiments are kept in a local directory; give one, and "
+            "copy it afterwards"
+        )
 
 
 def _go_on(name: str) -> None:
@@ -50,10 +65,8 @@ def _go_on(name: str) -> None:
 
 def _run(name: str) -> None:
     # Imported late: a wrong command line must not wait for jax.
-    from itself_jax import compile_cache
     from itself_jax.experimenting import plans, questions, runs, summary
 
-    compile_cache.keep(None)
     experiment = plans.EXPERIMENTS[name]
     base = command.configuration(_CONFIG)
     folder = pathlib.Path(_WORKDIR.value)
@@ -62,22 +75,34 @@ def _run(name: str) -> None:
         [(arm, runs.plan(base, arm, seed, folder)) for arm in experiment.arms]
         for seed in range(_SEEDS.value)
     ]
-    records: dict[str, dict[int, dict]] = {arm.name: {} for arm in experiment.arms}
-    found = {}
-    for seed, of_seed in enumerate(planned):
-        for arm, run in of_seed:
-            record = runs.finished(run, command.say)
-            if experiment.asks and experiment.asks not in record["answers"]:
-                runs.train(run, command.say)  # its weights may be elsewhere
-                answer = questions.ask(experiment.asks, run, record, command.say)
-                record["answers"][experiment.asks] = answer
-                runs.keep(run, record)
-            records[arm.name][seed] = record
-            command.say(f"{arm.name}, seed {seed}: R@1 {summary.chosen(record):.2f}")
-        found = summary.summarise(experiment, records)
+    # What is there is in the tables from the start: they never lose a seed that they had.
+    records = [{arm.name: runs.read(run) for arm, run in of_seed} for of_seed in planned]
+    question = experiment.asks
+
+    def is_done(record: dict | None) -> bool:
+        return record is not None and (not question or question in record["answers"])
+
+    def tables() -> dict:
+        done = {seed: r for seed, r in enumerate(records) if all(map(is_done, r.values()))}
+        found = summary.summarise(
+            experiment,
+            {arm.name: {seed: r[arm.name] for seed, r in done.items()} for arm in experiment.arms},
+        )
         summary.write(folder, found)
-    command.say(summary.markdown(found))
+        return found
+
+    for seed, of_seed in enumerate(planned):
+        missing = [(arm, run) for arm, run in of_seed if not is_done(records[seed][arm.name])]
+        for arm, run in missing:
+            record = runs.finished(run, command.say)
+            if not is_done(record):
+                record = runs.asked(run, question, questions.ask, command.say)
+            records[seed][arm.name] = record
+            command.say(f"{arm.name}, seed {seed}: R@1 {summary.chosen(record):.2f}")
+        if missing:
+            tables()
+    command.say(summary.markdown(tables()))
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: command.parsed(argv, _check))
+    app.run(main, flags_parser=parse_flags)

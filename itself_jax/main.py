@@ -5,7 +5,6 @@ with one sentence, 2 flag or config rejected, 75 stopped by a signal after savin
 another process.
 """
 
-import re
 import traceback
 from collections.abc import Sequence
 
@@ -34,28 +33,15 @@ _EXAMPLES = {"config": "configs/synthetic.py", "workdir": "/tmp/synthetic"}
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag or key ends the program with 2 and one sentence."""
-    try:
-        known = config_lib.flatten(config_lib.to_dict(config_lib.Config()))
-        for argument in argv[1:]:
-            override = re.match(r"--config\.([^=]+)", argument)
-            key = override.group(1) if override else ""
-            if group := [name for name in known if name.startswith(f"{key}.")]:
-                raise config_lib.ConfigError(
-                    f"config.{key} is a group of keys; set one of them, e.g. --config.{group[0]}=…"
-                )
-            if override and key not in known:
-                raise config_lib.ConfigError(config_lib.unknown_key(key))
-        rest = flags.FLAGS(list(argv))
+
+    def check(rest: list[str]) -> None:
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}; values with spaces need quotes")
         for name in ("config", "workdir"):
             if not flags.FLAGS[name].present:
                 raise flags.Error(f"--{name} is required, e.g. --{name}={_EXAMPLES[name]}")
-        return rest
-    except (flags.Error, config_lib.ConfigError) as error:
-        command.stop(command.REJECTED, error)
-    except Exception as error:  # a config file is a program: it may fail in any way
-        command.stop(command.REJECTED, f"--config={_argument(argv, 'config')}: {error}")
+
+    return command.parsed(argv, check)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -93,11 +79,6 @@ def main(argv: Sequence[str]) -> None:
         if _DEBUG.value:
             traceback.print_exc()
         ours.fail(command.FAILED, error)
-
-
-def _argument(argv: Sequence[str], name: str) -> str:
-    values = [a.partition("=")[2] for a in argv if a.startswith(f"--{name}=")]
-    return values[-1] if values else ""
 
 
 if __name__ == "__main__":

@@ -38,10 +38,8 @@ _REPORT = "doctor.json"
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a rejected flag ends the program with 2 and one sentence."""
-    try:
-        # `--check-only` is as good as `--check_only`.
-        spelt = [re.sub(r"^--?[\w-]+", _with_underscores, argument) for argument in argv[1:]]
-        rest = flags.FLAGS([argv[0], *spelt])
+
+    def check(rest: list[str]) -> None:
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}; values with spaces need quotes")
         for name, example in _EXAMPLES.items():
@@ -53,9 +51,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
                 f"{', '.join(datasets.DATASETS)}"
             )
         command.picture_size("resize", _RESIZE.value)
-        return rest
-    except flags.Error as error:
-        command.stop(command.REJECTED, error)
+
+    # `--check-only` is as good as `--check_only`.
+    spelt = [re.sub(r"^--?[\w-]+", _with_underscores, argument) for argument in argv[1:]]
+    return command.parsed([argv[0], *spelt], check)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -278,6 +278,11 @@ def test_outputs_are_compared_relatively():
         (["compare", "--mode=fast"], "--mode=fast: must be some of lean, published"),
         (["train", "--repeats=0"], "--repeats"),
         (["train", "--json=tests"], "--json=tests: expected a file"),
+        (["train", "--config.optim.lr=1"], "itself_jax: config key 'optim.lr' does not exist"),
+        (
+            ["train", "--config=configs/synthetic.py:x"],
+            "itself_jax: --config=configs/synthetic.py:x: variant 'x' is unknown",
+        ),
     ],
 )
 def test_bad_flags_are_rejected(arguments, message):

@@ -310,9 +310,10 @@ def test_a_missing_flag_or_file_exits_with_2(tmp_path):
     missing = tiny.call(f"--workdir={tmp_path / 'run'}", config="configs/none.py")
     assert_refused(missing, 2, r"configs/none\.py")
     broken = tmp_path / "broken.py"
-    broken.write_text("def get_config():\n    return 1 / 0\n")
-    done = tiny.call(f"--workdir={tmp_path / 'run'}", config=broken)
-    assert_refused(done, 2, r"broken\.py.*division by zero")
+    for raised, message in (("1 / 0", "division by zero"), ("int('x')", "invalid literal")):
+        broken.write_text(f"def get_config():\n    return {raised}\n")
+        done = tiny.call(f"--workdir={tmp_path / 'run'}", config=broken)
+        assert_refused(done, 2, rf"^itself_jax: --config={broken}: {message}")
     assert not (tmp_path / "run").exists()
 
 

@@ -52,6 +52,19 @@ def call(*arguments):
         (("variants",), "--workdir=DIR is needed"),
         (("variants", "--workdir=x", "--config=configs/none.py"), "configs/none.py"),
         (
+            ("variants", "--workdir=x", "--config=configs/synthetic.py:nosuch"),
+            "itself_jax: --config=configs/synthetic.py:nosuch: variant 'nosuch' is unknown",
+        ),
+        (("variants", "--workdir=x", "--config=tests/conftest.py"), "--config=tests/conftest.py: "),
+        (("variants", "--workdir=x", "--config.optim.lr=1"), "'optim.lr' does not exist"),
+        (
+            (
+                *("variants", "--workdir=x"),
+                *("--config=configs/synthetic.py", "--config.optim.lr=1"),
+            ),
+            "'optim.lr' does not exist",
+        ),
+        (
             ("layers", "--workdir=x", "--config=configs/synthetic.py:scratch"),  # of two layers
             "local.mars_layers",
         ),
