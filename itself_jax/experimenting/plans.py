@@ -1,17 +1,23 @@
 """The experiments: which settings are compared, and what the paper says about each.
 
-An arm is one line of a table: changes of `configs/synthetic.py`. Arms of several experiments with
-the same changes are the same runs, trained once.
+An arm is one line of a table: what it changes of a configuration, by default
+`configs/synthetic.py`. It names whatever its line claims, also what that file has anyway. Arms of
+several experiments that come to the same settings are the same runs, trained once.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Arm(NamedTuple):
-    """One setting. `paper`: R@1 in percent of the paper's own row, where it has one."""
+    """One setting.
+
+    changes: values by key of the configuration, or functions of the encoders' depth that give them.
+    paper: R@1 in percent of the paper's own row, where it has one.
+    """
 
     name: str
-    changes: dict[str, Any]
+    changes: dict[str, Any | Callable[[int], Any]]
     paper: float | None = None
 
 
@@ -31,28 +37,46 @@ class Experiment(NamedTuple):
     asks: str = ""
 
 
+def _early(depth: int) -> int:
+    """The third layer of twelve, the first of three."""
+    return depth // 5
+
+
+def _middle(depth: int) -> int:
+    return depth // 3
+
+
+def _last(depth: int) -> int:
+    return depth - 1
+
+
 BASELINE = {"local.enabled": False}
+_FULL = {"local.enabled": True, "local.saliency": "mars", "local.ats": True}
 # In the paper the layer of lowest attention entropy, the third of twelve: an early one, as here the
 # first of three is (whose entropy is not the lowest).
-_SINGLE = {"local.saliency": "layer:0"}
-_NO_ATS = {"local.ats": False}
+_SINGLE = {"local.saliency": lambda depth: f"layer:{_early(depth)}"}
+_NO_ATS = {**_FULL, "local.ats": False}
 _ON_RSTP = "RSTPReid, ViT-B/16 from CLIP, one run"
 
 _VARIANTS = (
     Arm("baseline", BASELINE, 61.30),
-    Arm("sl", {**_SINGLE, **_NO_ATS}, 65.00),
+    Arm("sl", {**_NO_ATS, **_SINGLE}, 65.00),
     Arm("mars", _NO_ATS, 66.95),
-    Arm("sl_ats", _SINGLE, 65.95),
-    Arm("itself", {}, 67.30),
+    Arm("sl_ats", {**_FULL, **_SINGLE}, 65.95),
+    Arm("itself", _FULL, 67.30),
 )
 # Longer, since nothing is known at the start; ATS ends after three quarters, as with pre-training.
 _UNTRAINED = {"init_from": None, "num_epochs": 8, "local.ats_horizon_steps": "6ep"}
-_ITSELF = (Arm("itself", {}),)
-_BOTH = (Arm("baseline", BASELINE), Arm("itself", {}))
+_ITSELF = (Arm("itself", _FULL),)
+_BOTH = (Arm("baseline", BASELINE), Arm("itself", _FULL))
 
 
-def _layers(*layers: int) -> dict[str, Any]:
-    return {**_NO_ATS, "local.mars_layers": layers}
+def _layers(*layers: Callable[[int], int]) -> dict[str, Any]:
+    return {**_NO_ATS, "local.mars_layers": lambda depth: tuple(layer(depth) for layer in layers)}
+
+
+def _ats(end: float, *, per_epoch: bool) -> dict[str, Any]:
+    return {**_FULL, "local.ratio_end": end, "local.ats_per_epoch": per_epoch}
 
 
 EXPERIMENTS = {
@@ -69,7 +93,7 @@ EXPERIMENTS = {
             "untrained",
             "What the local branch adds where nothing is pre-trained",
             "nothing; the paper starts from CLIP",
-            (Arm("baseline", {**BASELINE, **_UNTRAINED}), Arm("itself", _UNTRAINED)),
+            (Arm("baseline", {**BASELINE, **_UNTRAINED}), Arm("itself", {**_FULL, **_UNTRAINED})),
             "baseline",
         ),
         Experiment(
@@ -77,11 +101,11 @@ EXPERIMENTS = {
             "Which layers MARS rolls over: early (E), middle (M), late (L)",
             f"choice of layers ({_ON_RSTP})",
             (
-                Arm("E", _layers(0), 65.00),
-                Arm("E+M", _layers(0, 1), 66.15),
-                Arm("M+L", _NO_ATS, 66.95),
-                Arm("E+L", _layers(0, 2), 65.70),
-                Arm("E+M+L", _layers(0, 1, 2), 65.95),
+                Arm("E", _layers(_early), 65.00),
+                Arm("E+M", _layers(_early, _middle), 66.15),
+                Arm("M+L", {**_NO_ATS, "local.mars_layers": None}, 66.95),  # None means these
+                Arm("E+L", _layers(_early, _last), 65.70),
+                Arm("E+M+L", _layers(_early, _middle, _last), 65.95),
             ),
             "M+L",
         ),
@@ -90,11 +114,7 @@ EXPERIMENTS = {
             "Which share of its attention MARS discards",
             f"discard ratio ({_ON_RSTP})",
             tuple(
-                Arm(
-                    f"{share:.2f}",
-                    _NO_ATS if share == 0.25 else {**_NO_ATS, "local.mars_discard": share},
-                    paper,
-                )
+                Arm(f"{share:.2f}", {**_NO_ATS, "local.mars_discard": share}, paper)
                 for share, paper in ((0.10, 66.20), (0.25, 66.95), (0.45, 66.30))
             ),
             "0.25",
@@ -102,12 +122,12 @@ EXPERIMENTS = {
         Experiment(
             "ats",
             "How the number of kept tokens shrinks",
-            f"ATS by step, by epoch, and its end ({_ON_RSTP}; by step and none with SL)",
+            f"ATS or none ({_ON_RSTP})",
             (
                 Arm("none", _NO_ATS, 66.95),
-                Arm("per step, to 0.5", {}, 67.30),
-                Arm("per epoch, to 0.5", {"local.ats_per_epoch": True}),
-                Arm("per step, to 0.3", {"local.ratio_end": 0.3}),
+                Arm("per step, to 0.5", _ats(0.5, per_epoch=False), 67.30),
+                Arm("per epoch, to 0.5", _ats(0.5, per_epoch=True)),
+                Arm("per step, to 0.3", _ats(0.3, per_epoch=False)),
             ),
             "none",
         ),
@@ -124,8 +144,8 @@ EXPERIMENTS = {
             "What CID calls a mismatched pair",
             "nothing; the released code takes the largest identity of the batch for it",
             (
-                Arm("extra class", {"loss.mismatch_label": "extra_class"}),
-                Arm("batch_max", {"loss.mismatch_label": "batch_max"}),
+                Arm("extra class", {**_FULL, "loss.mismatch_label": "extra_class"}),
+                Arm("batch_max", {**_FULL, "loss.mismatch_label": "batch_max"}),
             ),
             "extra class",
         ),

@@ -13,6 +13,7 @@ from jaxtyping import Int, UInt8
 
 from itself_jax import (
     assessment,
+    checkpoint,
     fitting,
     hosts,
     interrupt,
@@ -24,7 +25,7 @@ from itself_jax import (
     workdir,
 )
 from itself_jax import config as config_lib
-from itself_jax.data import records
+from itself_jax.data import masks, records
 from itself_jax.experimenting import runs
 
 RATIOS = (0.2, 0.4, 0.5, 0.6, 0.8)
@@ -42,45 +43,58 @@ def ask(question: str, run: runs.Run, record: dict[str, Any], log: runs.Log) -> 
     """The answer of one run, plain values for its record.
 
     Raises:
-      CheckpointError, DataError: its weights or the data set are gone.
+      ExperimentError, DataError: its weights or the data set are gone.
     """
     return _QUESTIONS[question](run, record, log)
 
 
-class _Model:
-    """Encoders of a run, for the weights of any of its epochs, under changed settings."""
+class _Trained:
+    """A run's best weights and splits, read once for all that is asked of it."""
 
-    def __init__(self, run: runs.Run, changes: dict[str, Any]) -> None:
-        alone = {"mesh.data": 1, "mesh.model": 1, "sharding": "replicated", "eval.watch": 1}
-        alone["eval.dump_embeddings"] = False
+    def __init__(self, run: runs.Run) -> None:
         self.run = run
-        self.config = config_lib.replace(run.config, {**changes, **alone})
-        self.best = weights.of_run(run.workdir, _quiet)
-        self.config = fitting.resolve(self.config, self.best, _quiet, training=False)
+        alone = {"mesh.data": 1, "mesh.model": 1, "sharding": "replicated"}
+        alone["eval.dump_embeddings"] = False
+        try:
+            self.best = weights.of_run(run.workdir, _quiet)
+        except checkpoint.CheckpointError as error:
+            raise runs.ExperimentError(
+                f"the weights of the finished run in {run.workdir} are gone or damaged ({error}): "
+                "remove that directory, and the same command trains it anew."
+            ) from error
+        config = config_lib.replace(run.config, alone)
+        self.config = fitting.resolve(config, self.best, _quiet, training=False)
         self.test = splits.read(self.config, self.config.dataset, "test", _quiet)
         self.val = splits.read(self.config, self.config.dataset, "val", _quiet)
-        truth = splits.masks_of(self.config, self.test, _quiet)
-        directory = workdir.Workdir(run.workdir, writes=False)
+
+    def of_epoch(self, at_step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """The weights of another epoch, where those of `like` are."""
+        found = weights.of_run(self.run.workdir, _quiet, step=at_step)
+        return fitting.fit(found, like, self.config.model, _quiet)
+
+
+class _Model:
+    """Compiled encoders for the weights of any epoch, under changed settings."""
+
+    def __init__(
+        self, trained: _Trained, changes: dict[str, Any], truth: masks.Truth | None = None
+    ) -> None:
         self.this, self.variables = assessment.ready(
-            self.config,
-            directory,
-            sharding.make_mesh(self.config, jax.local_devices()[:1]),
-            self.best,
-            self.test,
+            config_lib.replace(trained.config, changes),
+            workdir.Workdir(trained.run.workdir, writes=False),
+            sharding.make_mesh(trained.config, jax.local_devices()[:1]),
+            trained.best,
+            trained.test,
             interrupt.Interrupts(),
             hosts.Hosts(),
             _quiet,
             truth,
         )
 
-    def of_epoch(self, at_step: int) -> dict[str, Any]:
-        """The weights of another epoch, where `self.variables` are."""
-        found = weights.of_run(self.run.workdir, _quiet, step=at_step)
-        return fitting.fit(found, self.variables, self.config.model, _quiet)
-
     def rank(
         self, variables: dict[str, Any], split: records.Split, alpha: float | None = None
     ) -> list[retrieval.Row]:
+        """Text to image, a row for each fusion weight."""
         rows, _ = assessment.encode_and_rank(self.this, variables, split, alpha)
         return [row for row in rows if row.direction == "t2i"]
 
@@ -91,15 +105,15 @@ def _quiet(line: str) -> None:
 
 def _inference_saliency(run: runs.Run, record: dict[str, Any], log: runs.Log) -> dict[str, Any]:
     """R@1 on test for each selection at inference; the fusion weight is chosen on val each time."""
-    found = {}
+    trained, found = _Trained(run), {}
     for source in ("last", "mars"):
         for ratio in RATIOS:
             log(f"  {run.workdir}: {source} at {ratio:g}")
             changes = {"local.inference_saliency": source, "local.ratio": ratio}
-            model = _Model(run, changes)
-            alpha = retrieval.choose_alpha(model.rank(model.variables, model.val))
+            model = _Model(trained, {**changes, "eval.watch": 0})
+            alpha = retrieval.choose_alpha(model.rank(model.variables, trained.val))
             rows = {
-                row.alpha: row.metrics for row in model.rank(model.variables, model.test, alpha)
+                row.alpha: row.metrics for row in model.rank(model.variables, trained.test, alpha)
             }
             found[f"{source} {ratio:g}"] = {
                 "alpha": alpha,
@@ -111,48 +125,62 @@ def _inference_saliency(run: runs.Run, record: dict[str, Any], log: runs.Log) ->
 
 
 def _protocol(run: runs.Run, record: dict[str, Any], log: runs.Log) -> dict[str, Any]:
-    """R@1 on test when epoch and fusion weight are chosen on val, on test, or one of them."""
-    model = _Model(run, {})
-    best, table = None, {}
+    """R@1 on test when epoch and fusion weight are chosen on val, on test, or one of them.
+
+    And of the last epoch, which is no choice at all, with the weight chosen on val.
+    """
+    trained = _Trained(run)
+    model = _Model(trained, {"eval.watch": 0})
+    best, by_alpha, by_epoch = None, {}, {}  # of epochs: all weights; the one chosen on val
     for line in record["validations"]:
         log(f"  {run.workdir}: epoch {line['epoch']} on test")
-        rows = model.rank(model.of_epoch(line["step"]), model.test, line["alpha"])
-        table[line["epoch"]] = {row.alpha: row.metrics.R1 for row in rows}
+        variables = trained.of_epoch(line["step"], model.variables)
+        rows = model.rank(variables, trained.test, line["alpha"])
+        by_alpha[line["epoch"]] = [row.metrics for row in rows]
+        by_epoch[line["epoch"]] = assessment.chosen_row(rows, line["alpha"]).metrics
         if best is None or line["R1"] > best["R1"]:
             best = line
-    by_epoch = {
-        line["epoch"]: table[line["epoch"]][line["alpha"]] for line in record["validations"]
+    every = [metrics for of_epoch in by_alpha.values() for metrics in of_epoch]
+    found = {
+        "both on val": by_epoch[best["epoch"]],
+        "last epoch": by_epoch[max(by_epoch)],
+        "epoch on test": max(by_epoch.values(), key=_by_rank1),
+        "α on test": max(by_alpha[best["epoch"]], key=_by_rank1),
+        "both on test": max(every, key=_by_rank1),
     }
-    return {
-        "both on val": {"R1": by_epoch[best["epoch"]]},
-        "epoch on test": {"R1": max(by_epoch.values())},
-        "α on test": {"R1": max(table[best["epoch"]].values())},
-        "both on test": {"R1": max(max(of_epoch.values()) for of_epoch in table.values())},
-    }
+    return {name: {"R1": metrics.R1, "mAP": metrics.mAP} for name, metrics in found.items()}
+
+
+def _by_rank1(metrics: retrieval.Metrics) -> tuple[float, float]:
+    return metrics.R1, metrics.mAP
 
 
 def _early_evidence(run: runs.Run, record: dict[str, Any], log: runs.Log) -> dict[str, Any]:
     """By epoch: R@1 on whole pictures and on parts, the entropy of attention, where saliency lies.
 
-    Entropy is in nats, of each layer's attention, mean over rows and pictures or captions.
+    Entropy is in nats, of each layer's attention, mean over rows and pictures or captions. Where
+    saliency lies is measured where the data set has masks.
     """
-    model = _Model(run, {})
+    trained = _Trained(run)
+    truth = splits.masks_of(trained.config, trained.test, _quiet)
+    model = _Model(trained, {"eval.watch": 1}, truth)
     watcher, by_epoch = model.this.watcher, {}
     for line in record["validations"]:
         log(f"  {run.workdir}: epoch {line['epoch']} on parts of its pictures")
-        variables, alpha = model.of_epoch(line["step"]), line["alpha"]
-        seen = watcher.see(variables, model.test)
-        shown_parts = {"whole": _rank1(model, variables, model.test, alpha)}
+        variables, alpha = trained.of_epoch(line["step"], model.variables), line["alpha"]
+        seen = watcher.see(variables, trained.test)
+        shown_parts = {"whole": _rank1(model, variables, trained.test, alpha)}
         patches = seen.image.saliency.shape[2] - 1
         rng = np.random.default_rng([run.seed, line["epoch"]])
         for source in _SOURCES:
             if source == "random":
-                scores = rng.random((len(model.test.images), patches))
+                scores = rng.random((len(trained.test.images), patches))
             else:
                 scores = seen.image.saliency[watcher.sources.index(source), :, 1:]
             order = np.argsort(-scores, axis=1, kind="stable")
             for share in SHOWN:
-                shown = parts(model.test, order[:, : int(patches * share)], model.config.model)
+                kept = order[:, : int(patches * share)]
+                shown = parts(trained.test, kept, trained.config.model)
                 name = f"{source}, {share:.0%} of the patches"
                 shown_parts[name] = _rank1(model, variables, shown, alpha)
         found = {"R@1": shown_parts}
@@ -161,7 +189,7 @@ def _early_evidence(run: runs.Run, record: dict[str, Any], log: runs.Log) -> dic
             found[f"entropy of attention ({side})"] = {
                 f"layer {layer}": value for layer, value in enumerate(layers)
             }
-        for name, value in watcher.measure(seen).items():
+        for name, value in (watcher.measure(seen) if truth else {}).items():
             _, measure, source = name.split("/")
             if measure in _MEASURED:
                 found.setdefault(_MEASURED[measure], {})[source] = round(100 * value, 3)

@@ -1,11 +1,18 @@
-"""One training of an experiment: a main job in a process of its own, that can go on."""
+"""One training of an experiment: a main job in a process of its own, that can go on.
+
+What is asked of its weights is asked in another such process, so that the one that leads them never
+holds the accelerators which they need.
+"""
 
 import hashlib
 import json
+import multiprocessing
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +21,8 @@ from itself_jax import config as config_lib
 from itself_jax import files, interrupt
 from itself_jax.experimenting import plans
 
-FORMAT = 1
-_BOOTSTRAPS = 1000
+FORMAT = 2
+_FIELDS = ("settings", "seed", "chosen_alpha", "test", "hits", "validations", "answers")
 Log = Callable[[str], None]
 
 
@@ -37,9 +44,20 @@ def plan(base: config_lib.Config, arm: plans.Arm, seed: int, folder: pathlib.Pat
 
     The seed is that of the new layers, of sampling and of the order of data; the data set, and the
     checkpoint that the run starts from, stay what they are.
+
+    Raises:
+      ConfigError: the configuration does not allow what the arm changes, or chooses epoch and
+        fusion weight elsewhere than on val, as all tables take them to be.
     """
+    if base.eval.protocol != "val" or base.train_on_all:
+        raise config_lib.ConfigError(
+            "experiments choose epoch and fusion weight on val: eval.protocol must be 'val' and "
+            f"train_on_all False, not {base.eval.protocol!r} and {base.train_on_all}."
+        )
     before = config_lib.flatten(config_lib.to_dict(base))
-    changes = {key: value for key, value in arm.changes.items() if before[key] != value}
+    depth = base.model.vision_depth
+    wanted = {key: value(depth) if callable(value) else value for key, value in arm.changes.items()}
+    changes = {key: value for key, value in wanted.items() if _plain(before[key]) != _plain(value)}
     config = config_lib.replace(
         base,
         {
@@ -58,6 +76,10 @@ def plan(base: config_lib.Config, arm: plans.Arm, seed: int, folder: pathlib.Pat
         folder / "runs" / name / f"seed-{seed}",
         folder / "records" / name / f"seed-{seed}.json",
     )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def slug(changes: Mapping[str, Any]) -> str:
@@ -86,16 +108,21 @@ def read(run: Run) -> dict[str, Any] | None:
     """What an earlier call left of this run; None where it left nothing.
 
     Raises:
-      ExperimentError: the file is damaged, or of another configuration.
+      ExperimentError: the file is damaged, or of another format or configuration.
     """
     try:
         record = json.loads(run.record.read_text(encoding="utf-8"))
-        before = dict(record["settings"])
+        if record["format"] != FORMAT:
+            raise ExperimentError(
+                f"{run.record} has format {record['format']!r}, not {FORMAT}: remove it, and it is "
+                "made anew from its run, or that trained anew."
+            )
+        before = dict({name: record[name] for name in _FIELDS}["settings"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExperimentError(
-            f"{run.record} is no record of a run ({error!r}): remove it to train anew."
+            f"{run.record} is no record of a run ({error!r}): remove it, and it is made anew."
         ) from error
     now = settings(run.config)
     different = [
@@ -121,20 +148,77 @@ def finished(run: Run, log: Log) -> dict[str, Any]:
     record = read(run)
     if record is None:
         train(run, log)
-        record = {**results(run), "answers": {}}
+        record = alone(results, run)
         keep(run, record)
     return record
 
 
-def train(run: Run, log: Log) -> None:
-    """Trains and tests, or goes on where that was stopped.
+def asked(run: Run, question: str, ask: Callable[..., dict[str, Any]], log: Log) -> dict[str, Any]:
+    """The record of a run with the answer to a question about its weights, kept.
+
+    The record is made anew if it is not of the weights that are there: those may have been trained
+    again, on another machine.
 
     Raises:
-      ExperimentError: it failed; the sentence is the run's own.
+      ExperimentError: as `read`, `train` and `alone`.
+      KeyboardInterrupt: as `train`.
+    """
+    train(run, log)
+    before, record = read(run), alone(results, run)
+    if before is not None and {**before, "answers": {}} == record:
+        record = before
+    answer = alone(ask, question, run, record, log)
+    now = read(run)  # another experiment may have asked the same run meanwhile
+    if now is not None and {**now, "answers": {}} == {**record, "answers": {}}:
+        record = now
+    record = {**record, "answers": {**record["answers"], question: answer}}
+    keep(run, record)
+    return record
+
+
+def alone(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, which ends with it.
+
+    Raises:
+      ExperimentError: that process was killed.
+      KeyboardInterrupt: this one was told to stop; the other is ended.
+    """
+    pool = futures.ProcessPoolExecutor(
+        1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for this process
+    )
+    try:
+        with pool:
+            try:
+                return pool.submit(_with_cache, call, *arguments).result()
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+    except futures.process.BrokenProcessPool as error:
+        raise ExperimentError(
+            f"the process that evaluates {arguments[0]} was killed, perhaps for want of memory; "
+            "the same command goes on."
+        ) from error
+
+
+def _with_cache(call: Callable[..., Any], *arguments: Any) -> Any:
+    from itself_jax import compile_cache
+
+    compile_cache.keep(None)
+    return call(*arguments)
+
+
+def train(run: Run, log: Log) -> None:
+    """Trains and tests, or goes on where that was stopped; a finished run is found to be finished.
+
+    Raises:
+      ExperimentError: it failed, or what is there is of another configuration; the sentence is the
+        run's own.
       KeyboardInterrupt: the run was stopped by a signal, and is saved.
     """
-    if (run.workdir / "finished.json").exists():
-        return
     run.workdir.parent.mkdir(parents=True, exist_ok=True)
     program = run.workdir.parent / f"{run.workdir.name}.config.py"
     flat = config_lib.flatten(config_lib.to_dict(run.config))
@@ -148,7 +232,8 @@ def train(run: Run, log: Log) -> None:
             ).encode()
         ),
     )
-    log(f"Training {run.workdir} …")
+    if not (run.workdir / "finished.json").exists():
+        log(f"Training {run.workdir} …")
     with subprocess.Popen(
         [
             *(sys.executable, "-m", "itself_jax.main"),
@@ -167,15 +252,19 @@ def train(run: Run, log: Log) -> None:
             raise
     if process.returncode == interrupt.EXIT_CODE:
         raise KeyboardInterrupt
-    if process.returncode:
-        lines = said.strip().splitlines()
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
         raise ExperimentError(
-            f"the run in {run.workdir} failed: {lines[-1] if lines else process.returncode}"
+            f"the run in {run.workdir} was ended by {name}, perhaps for want of memory; the same "
+            "command goes on."
         )
+    if process.returncode:
+        lines = said.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise ExperimentError(f"the run in {run.workdir} failed: {lines[-1]}")
 
 
 def results(run: Run) -> dict[str, Any]:
-    """What a finished run says about itself: test rows, validations, and how sure its R@1 is."""
+    """The record of a finished run: test rows, validations, and the people found, without answers."""
     dataset = run.config.dataset
     found = json.loads((run.workdir / "results" / f"{dataset}-test.json").read_text("utf-8"))
     lines = [
@@ -184,8 +273,8 @@ def results(run: Run) -> dict[str, Any]:
     ]
     validations = [line for line in lines if "split" in line]
     with np.load(run.workdir / f"embeddings-{dataset}-test.npz") as saved:
-        error = bootstrap_error(dict(saved), found["chosen_alpha"], run.seed)
-    return {
+        hits = found_first(dict(saved), found["chosen_alpha"])
+    record = {
         "format": FORMAT,
         "settings": settings(run.config),
         "seed": run.seed,
@@ -199,30 +288,26 @@ def results(run: Run) -> dict[str, Any]:
         },
         "oracle_R1": found.get("oracle_R1"),
         "chance_R1": found["chance_R1"],
-        "bootstrap_error_R1": error,
+        "hits": hits,
         "validations": [
             {key: round(x, 5) if isinstance(x, float) else x for key, x in line.items()}
             for line in validations
         ],
+        "answers": {},
     }
+    return json.loads(json.dumps(record))  # as it will be read: lists for tuples
 
 
-def bootstrap_error(arrays: Mapping[str, np.ndarray], alpha: float, seed: int) -> float:
-    """Standard error of text→image R@1, in points, over the identities of the test set.
-
-    Identities are drawn with replacement, with all their queries; the gallery stays.
-    """
+def found_first(arrays: Mapping[str, np.ndarray], alpha: float) -> dict[str, list[int]]:
+    """Of each identity, in order, its text queries and how many have a right first answer."""
     from itself_jax import retrieval
     from itself_jax.reporting import answers
 
     fields = {name: arrays.get(name) for name in retrieval.Embeddings._fields}
     found = answers.find(retrieval.Embeddings(**fields), alpha, "t2i", top=1)
-    ids, of = np.unique(arrays["text_ids"], return_inverse=True)
+    _, of = np.unique(arrays["text_ids"], return_inverse=True)
     hits = np.bincount(of, weights=found.first_right == 1)
-    queries = np.bincount(of)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(0, len(ids), (_BOOTSTRAPS, len(ids)))
-    return float((100 * hits[drawn].sum(1) / queries[drawn].sum(1)).std(ddof=1))
+    return {"found": hits.astype(int).tolist(), "queries": np.bincount(of).tolist()}
 
 
 def keep(run: Run, record: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from itself_jax.experimenting import plans
 from itself_jax.reporting import charts
 
 Records = Mapping[str, Mapping[int, Mapping[str, Any]]]  # by arm, then by seed
+Hits = Mapping[str, Sequence[int]]
 _METRICS = {
     "R1": "R@1",
     "mAP": "mAP",
@@ -20,6 +21,8 @@ _METRICS = {
     "local_R1": "R@1, local alone",
 }
 _DIGITS = {"attention": 2}  # nats; all else is in percent
+_DIFFERENCES = {"R1": "difference", "mAP": "difference_mAP"}
+_BOOTSTRAPS = 1000
 
 
 class Mean(NamedTuple):
@@ -39,12 +42,16 @@ class Mean(NamedTuple):
 
 
 class _Row(NamedTuple):
-    """A line of a table: what it measured of each seed, and what it is compared to."""
+    """A line of a table: what it measured of each seed, and what it is compared to.
+
+    hits: by seed, what `runs.found_first` tells of the R@1, where the record has it.
+    """
 
     name: str
     values: dict[int, Mapping[str, float]]
     reference: str
     paper: float | None = None
+    hits: dict[int, Hits] | None = None
 
 
 def mean(values: Sequence[float]) -> Mean:
@@ -60,6 +67,24 @@ def mean(values: Sequence[float]) -> Mean:
     return Mean(float(x.mean()), error, len(x))
 
 
+def test_set_error(hits: Sequence[Hits], other: Sequence[Hits] | None = None) -> float:
+    """Standard error of a mean R@1 over seeds, in points, by drawing the test set's identities.
+
+    Identities are drawn with replacement, all seeds the same, with all their queries; the gallery
+    stays.
+
+    hits: of each seed, as `runs.found_first` tells.
+    other: of another row and the same seeds; then the error is that of the difference.
+    """
+    found = np.mean([hit["found"] for hit in hits], axis=0)
+    if other is not None:
+        found = found - np.mean([hit["found"] for hit in other], axis=0)
+    queries = np.asarray(hits[0]["queries"])
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(0, len(queries), (_BOOTSTRAPS, len(queries)))
+    return float((100 * found[drawn].sum(1) / queries[drawn].sum(1)).std(ddof=1))
+
+
 def chosen(record: Mapping[str, Any], metric: str = "R1") -> float:
     """A run's result: text → image on test, at the fusion weight chosen on val."""
     name = retrieval.similarity_name(record["chosen_alpha"])
@@ -71,9 +96,9 @@ def summarise(experiment: plans.Experiment, records: Records) -> dict[str, Any]:
 
     Returns:
       "rows" with R1 and further metrics, their difference to the row `compared_to` paired over the
-      same seeds, and the paper's value; "curves" {title: {line: {epoch: mean}}} where epochs are
-      compared; "error_of_test_set": of R1, by drawing the identities of the test set anew, mean
-      over all runs; and what the runs had in common.
+      same seeds, by how much another test set would move that ("difference_error_of_test_set"), and
+      the paper's value; "curves" {title: {line: {epoch: mean}}} where epochs are compared;
+      "error_of_test_set": of a run's R1, mean over all runs; and what the runs had in common.
     """
     every = [record for by_seed in records.values() for record in by_seed.values()]
     by_epoch = experiment.asks == "early_evidence"
@@ -83,7 +108,7 @@ def summarise(experiment: plans.Experiment, records: Records) -> dict[str, Any]:
         "title": experiment.title,
         "paper": experiment.paper,
         "seeds": sorted({seed for by_seed in records.values() for seed in by_seed}),
-        "error_of_test_set": float(np.mean([r["bootstrap_error_R1"] for r in every])),
+        "error_of_test_set": float(np.mean([test_set_error([r["hits"]]) for r in every])),
         "chance_R1": every[0]["chance_R1"]["t2i"],
         "oracle_R1": every[0]["oracle_R1"],
         "rows": [_told(row, {other.name: other for other in rows}) for row in rows],
@@ -99,6 +124,7 @@ def _rows(experiment: plans.Experiment, records: Records) -> list[_Row]:
                 {seed: _of_test(record) for seed, record in records[arm.name].items()},
                 experiment.reference,
                 arm.paper,
+                {seed: record["hits"] for seed, record in records[arm.name].items()},
             )
             for arm in experiment.arms
         ]
@@ -131,9 +157,17 @@ def _told(row: _Row, all_rows: Mapping[str, _Row]) -> dict[str, Any]:
             told["by_seed"][metric] = {str(seed): value for seed, value in by_seed.items()}
     told["compared_to"] = row.reference
     if row.name != row.reference:
-        other = all_rows[row.reference].values
-        differences = [row.values[seed]["R1"] - other[seed]["R1"] for seed in row.values]
-        told["difference"] = mean(differences)._asdict()
+        other = all_rows[row.reference]
+        for metric, name in _DIFFERENCES.items():
+            if metric in told:
+                values = [
+                    row.values[seed][metric] - other.values[seed][metric] for seed in row.values
+                ]
+                told[name] = mean(values)._asdict()
+        if row.hits:
+            told["difference_error_of_test_set"] = test_set_error(
+                list(row.hits.values()), [other.hits[seed] for seed in row.hits]
+            )
     told["paper"] = row.paper
     return told
 
@@ -167,9 +201,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
         f"over {len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}, in percent. Chance has R@1 "
         f"{summary['chance_R1']:.1f}"
         + (f", the oracle {oracle:.1f}" if oracle is not None else "")
-        + f". Another test set of as many identities would move R@1 by "
-        f"{summary['error_of_test_set']:.1f} (bootstrap), nearly alike in all rows. In the paper: "
-        f"{summary['paper']}.",
+        + f". Another test set of as many identities would move a run's R@1 by "
+        f"{summary['error_of_test_set']:.1f} (bootstrap over identities)"
+        + _on_differences(summary["rows"])
+        + f". In the paper: {summary['paper']}.",
         "",
     ]
     if summary["rows"]:
@@ -179,25 +214,42 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _on_differences(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not any("difference" in row for row in rows):
+        return ""
+    both = any("difference_error_of_test_set" in row for row in rows)
+    return "; differences are taken seed by seed" + (
+        ", in brackets by how much another test set would move them" if both else ""
+    )
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     metrics = {key: label for key, label in _METRICS.items() if any(key in row for row in rows)}
     papers = any(row["paper"] is not None for row in rows)
     references = dict.fromkeys(row["compared_to"] for row in rows)
-    beside = f"beside {next(iter(references))}" if len(references) == 1 else "beside the first"
-    head = ["", *metrics.values(), f"R@1 {beside}, seed by seed", *(["paper's R@1"] * papers)]
+    other = f"“{next(iter(references))}”" if len(references) == 1 else "the first of its kind"
+    differences = {
+        key: f"{_METRICS[metric]} less that of {other}"
+        for metric, key in _DIFFERENCES.items()
+        if any(key in row for row in rows)
+    }
+    head = ["", *metrics.values(), *differences.values(), *(["paper's R@1"] * papers)]
     lines = [_line(head), _line(["---"] * len(head))]
     for row in rows:
-        difference = row.get("difference")
         cells = [row["row"], *(_cell(row, key) for key in metrics)]
-        cells.append(Mean(**difference).told(signed=True) if difference else "")
+        cells += [_cell(row, key, signed=True) for key in differences]
         if papers:
             cells.append("" if row["paper"] is None else f"{row['paper']:.2f}")
         lines.append(_line(cells))
     return [*lines, ""]
 
 
-def _cell(row: Mapping[str, Any], key: str) -> str:
-    return Mean(**row[key]).told() if key in row else ""
+def _cell(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
+    if key not in row:
+        return ""
+    of_test_set = row.get(f"{key}_error_of_test_set")
+    bracket = "" if of_test_set is None else f" ({of_test_set:.1f})"
+    return Mean(**row[key]).told(signed=signed) + bracket
 
 
 def _by_epoch(title: str, curves: Mapping[str, Mapping[str, Any]]) -> list[str]:
