@@ -264,7 +264,7 @@ def train(run: Run, log: Log) -> None:
 
 
 def results(run: Run) -> dict[str, Any]:
-    """The record of a finished run: test rows, validations, and the people found, without answers."""
+    """The record of a finished run, without answers: test rows, validations, the people found."""
     dataset = run.config.dataset
     found = json.loads((run.workdir / "results" / f"{dataset}-test.json").read_text("utf-8"))
     lines = [

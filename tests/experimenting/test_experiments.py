@@ -1,6 +1,7 @@
 """The command: what it refuses, and a whole experiment at toy size."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -50,6 +51,7 @@ def call(*arguments):
         (("variants", "ats", "--workdir=x"), "give one experiment"),
         (("variants", "--workdir=x", "--seeds=0"), "--seeds=0: at least one seed"),
         (("variants",), "--workdir=DIR is needed"),
+        (("variants", "--workdir=gs://bucket/x"), "--workdir=gs://bucket/x: experiments are kept"),
         (("variants", "--workdir=x", "--config=configs/none.py"), "configs/none.py"),
         (
             ("variants", "--workdir=x", "--config=configs/synthetic.py:nosuch"),
@@ -145,6 +147,24 @@ def test_an_experiment_goes_on_after_a_stop_and_shares_its_runs(place):
     assert code == 0, err
     rows = {row["row"]: row for row in read(out / "inference_saliency.json")["rows"]}
     assert {"last 0.4", "mars 0.6"} <= rows.keys()
+
+    # What is damaged is told before the tables lose what they have.
+    second = next(out.glob("records/itself-*/seed-1.json"))
+    content, table = second.read_bytes(), (out / "protocol.json").read_bytes()
+    second.write_bytes(content[:100])
+    code, said, err = call("protocol", *flags, "--seeds=2")
+    assert (code, said) == (1, "") and "seed-1.json is no record of a run" in err
+    assert (out / "protocol.json").read_bytes() == table
+
+    # Gone, it is made anew of its run, but not of one with other settings.
+    second.unlink()
+    code, said, err = call("protocol", *flags, "--seeds=2")
+    assert (code, second.read_bytes()) == (0, content), err
+    os.rename(out / "records", out / "old")
+    code, said, err = call("protocol", *flags, "--seeds=1", "--config.optim.learning_rate=5e-4")
+    assert code == 1 and "optim.learning_rate" in err and len(err.splitlines()) == 1
+    assert not list(out.glob("records/*/*.json"))
+    os.rename(out / "old", out / "records")
 
     # Records suffice, whatever became of the runs.
     shutil.rmtree(out / "runs")

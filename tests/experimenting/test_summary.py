@@ -59,7 +59,32 @@ def test_differences_are_paired_over_seeds():
     assert itself["mAP"]["mean"] == 12.0
     assert itself["by_seed"]["R1"] == {"0": 13.0, "1": 24.0, "2": 35.0}
     assert (baseline["paper"], itself["paper"]) == (61.3, None)
-    assert (found["seeds"], found["error_of_test_set"]) == ([0, 1, 2], 2.0)
+    assert itself["difference_mAP"]["mean"] == 2.0
+    assert found["seeds"] == [0, 1, 2]
+
+
+def test_another_test_set_has_other_people_with_all_their_queries():
+    # One of two people is always found, the other never. Drawn twice with replacement, R@1 is
+    # 0, 50 or 100 with 1/4, 1/2, 1/4: a standard deviation of 35.4 points.
+    first, second = ({"found": found, "queries": [2, 2]} for found in ([2, 0], [0, 2]))
+    assert summary.test_set_error([first]) == pytest.approx(35.4, abs=1.5)
+    # Seeds that find other people even out, and so do rows that find the same.
+    assert summary.test_set_error([first, second]) == 0
+    assert summary.test_set_error([first], [first]) == 0
+    # With the other row's people it is -100, 0 or 100.
+    assert summary.test_set_error([first], [second]) == pytest.approx(70.7, abs=3)
+
+
+def test_the_test_set_s_error_stands_beside_that_over_seeds():
+    records = {
+        "baseline": {0: record_samples.record(50.0, found=(2, 0))},
+        "itself": {0: record_samples.record(50.0, found=(0, 2))},
+    }
+    found = summary.summarise(EXPERIMENT, records)
+    assert found["error_of_test_set"] == pytest.approx(35.4, abs=1.5)
+    error = found["rows"][1]["difference_error_of_test_set"]
+    assert error == pytest.approx(70.7, abs=3)
+    assert f"| 0.0 ({error:.1f}) |" in summary.markdown(found)
 
 
 def test_the_similarity_that_was_chosen_on_val_counts():
@@ -71,8 +96,9 @@ def test_the_similarity_that_was_chosen_on_val_counts():
 def test_the_table_says_what_stands_in_it():
     text = summary.markdown(summary.summarise(EXPERIMENT, RECORDS))
     assert "seeds 0, 1, 2" in text and "Table 9" in text
-    assert "| baseline | 20.0 ± 5.8 | 10.0 ± 2.9 |  | 61.30 |" in text
-    assert "| itself | 24.0 ± 6.4 | 12.0 ± 3.2 | +4.0 ± 0.6 |  |" in text
+    assert "| R@1 | mAP | R@1 less that of “baseline” | mAP less that" in text
+    assert "| baseline | 20.0 ± 5.8 | 10.0 ± 2.9 |  |  | 61.30 |" in text
+    assert "| itself | 24.0 ± 6.4 | 12.0 ± 3.2 | +4.0 ± 0.6 (0.0) | +2.0 ± 0.3 |  |" in text
     assert "Chance has R@1 0.5, the oracle 83.0" in text
 
 
@@ -84,9 +110,9 @@ def test_what_either_embedding_finds_alone_has_a_column_where_there_are_two():
     records["itself"][0]["test"]["t2i local"] = {"R1": 7.0, "mAP": 5.0}
     text = summary.markdown(summary.summarise(EXPERIMENT, records))
     assert "over 1 seed, in percent" in text
-    assert "| R@1 | mAP | R@1, global alone | R@1, local alone | R@1 beside baseline" in text
-    assert "| baseline | 10.0 | 5.0 |  |  |  | 61.30 |" in text
-    assert "| itself | 13.0 | 6.5 | 1.0 | 7.0 | +3.0 |  |" in text
+    assert "| R@1 | mAP | R@1, global alone | R@1, local alone | R@1 less that of “base" in text
+    assert "| baseline | 10.0 | 5.0 |  |  |  |  | 61.30 |" in text
+    assert "| itself | 13.0 | 6.5 | 1.0 | 7.0 | +3.0 (0.0) | +1.5 |  |" in text
 
 
 def test_answers_are_compared_within_their_arm():
@@ -146,6 +172,5 @@ def test_three_files_are_written_as_a_whole(tmp_path):
         *("variants.json", "variants.md", "variants.png"),
     ]
     assert json.loads((folder / "variants.json").read_text()) == found
-    assert "NaN" not in (folder / "variants.json").read_text()
     with Image.open(folder / "variants.png") as picture:
         assert picture.size[0] > 400
