@@ -101,7 +101,8 @@ def evaluate_only(
             log(f"The fusion weight α = {alpha:g} is chosen on {splits.validation_name(config)}.")
         log(f"Testing {describe_weights(best)}.")
         protocol = best.protocol or config.eval.protocol
-        tested = test(this, variables, alpha, test_splits, protocol)
+        whose = of_weights(best, None if is_own else config.init_from)
+        tested = test(this, variables, alpha, test_splits, protocol, whose)
         watched = _followed(config, directory, log) if is_own else None
         report(this, variables, tested, watched, is_own=is_own)
 
@@ -125,6 +126,14 @@ def describe_weights(found: weights.Weights) -> str:
     if found.protocol is not None:
         return where
     return f"{where} ({found.kind}; who trained it chose the epoch, the published code on test)"
+
+
+def of_weights(found: weights.Weights, named: str | None) -> dict[str, Any]:
+    """Whose weights a result is of, for its file.
+
+    named: as `init_from` names them; None: the weights of the directory's own run.
+    """
+    return {"source": named, "step": found.meta.get("iteration")}
 
 
 def variables_of(state: step.TrainState) -> dict[str, Any]:
@@ -239,17 +248,19 @@ def test(
     alpha: float,
     test_splits: Sequence[records.Split],
     protocol: str,
+    whose: dict[str, Any],
 ) -> Tested:
     """Tests on each data set, writes and prints the tables; returns the first one.
 
     protocol: by which epoch and weight were chosen, whatever the configuration says now.
+    whose: what `of_weights` says of them.
     """
     config = this.config
     if not config.local.enabled:
         alpha = 1.0
     first = None
     for split in test_splits:
-        extra: dict[str, Any] = {"captions": config.eval.captions}
+        extra: dict[str, Any] = {"captions": config.eval.captions, "weights": whose}
         if split.dataset == "synthetic" and config.eval.captions == "all":
             extra["oracle_R1"] = synthetic.oracle_rank1(
                 splits.synthetic_folder(config, this.log), "test"

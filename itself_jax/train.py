@@ -220,7 +220,8 @@ def _run(
     log(f"Testing epoch {best.meta['epoch']}, {how_chosen(config)}.")
     with interrupts.checked_work():
         variables = fitting.fit(best, assessment.encoder_variables(template), config.model, log)
-        tested = assessment.test(this, variables, alpha, test_splits, best.protocol)
+        whose = assessment.of_weights(best, None)
+        tested = assessment.test(this, variables, alpha, test_splits, best.protocol, whose)
         directory.finish({"step": last_step, "best_epoch": best.meta["epoch"]})
         assessment.report(this, variables, tested, validation_split, is_own=True)
     log(f"Finished in {meter_lib.clock(time.monotonic() - started)}: {directory.path / 'results'}")

@@ -154,7 +154,7 @@ def ranked_and_written(
         ours=assessment.ALONE,
         log=log.append,
     )
-    assessment.test(this, {}, 0.5, [split], "val")
+    assessment.test(this, {}, 0.5, [split], "val", {})
     return tiny.results(path), log[-1]
 
 

@@ -109,8 +109,11 @@ def test_results_follow_the_contract_and_name_the_oracle(reference):
     found = tiny.results(reference)
     assert found.keys() == {
         *("dataset", "split", "queries", "gallery", "protocol", "chosen_alpha", "rows"),
-        *("skipped_queries", "captions", "oracle_R1", "chance_R1"),
+        *("skipped_queries", "captions", "oracle_R1", "chance_R1", "weights"),
     }
+    best = json.loads((reference / "finished.json").read_text())["best_epoch"]
+    (step,) = (x["step"] for x in tiny.metrics(reference) if "split" in x and x["epoch"] == best)
+    assert found["weights"] == {"source": None, "step": step}
     assert (found["dataset"], found["split"], found["protocol"]) == ("synthetic", "test", "val")
     assert (found["queries"], found["gallery"]) == (24, 12)
     assert 0 < found["oracle_R1"] <= 100
@@ -576,15 +579,20 @@ def test_evaluation_accepts_a_changed_configuration_and_an_explicit_source(
     best = json.loads((reference / "finished.json").read_text())["best_epoch"]
     assessment.evaluate_only(config, tmp_path / "other", interrupt.Interrupts())
     assert f"Testing epoch {best} of {reference}." in capsys.readouterr().out
-    assert tiny.results(tmp_path / "other") == tiny.results(reference)
+    expected = tiny.results(reference)
+    expected["weights"]["source"] = str(reference)
+    assert tiny.results(tmp_path / "other") == expected
     third = tmp_path / "third"
     shutil.copytree(reference, third)
     shutil.rmtree(third / "checkpoints" / str(tiny.EPOCH_ENDS[best - 1]))
     assessment.evaluate_only(config, third, interrupt.Interrupts())
-    assert tiny.results(third) == tiny.results(reference)
+    assert tiny.results(third) == expected
     own = dataclasses.replace(config, init_from=None)
     assessment.evaluate_only(own, third, interrupt.Interrupts())
-    assert tiny.results(third) != tiny.results(reference)
+    found = tiny.results(third)
+    assert found["rows"] != expected["rows"]
+    assert found["weights"]["source"] is None
+    assert found["weights"]["step"] != expected["weights"]["step"]
 
 
 @pytest.mark.parametrize("kind", ["absent", "file", "folder", "unvalidated"])

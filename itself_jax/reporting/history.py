@@ -99,8 +99,11 @@ class History(NamedTuple):
 def read(path: str | os.PathLike, evaluated: config_lib.Config | None = None) -> History:
     """Reads a work directory, also one whose run goes on meanwhile, on a disk or in a bucket.
 
+    Results of other weights, which an evaluation may have written over the run's own, are left out
+    with a note.
+
     evaluated: of an evaluation of other weights that wrote its results here; of the directory's own
-      run, if there is one, nothing is then read.
+      run, if there is one, nothing is then shown.
 
     Raises:
       ReportError: it is no run's, no step has been logged yet, or a file of it is damaged.
@@ -137,7 +140,12 @@ def read(path: str | os.PathLike, evaluated: config_lib.Config | None = None) ->
         training=_series(tables.training),
         validation=validation,
         measured={name: _series(table) for name, table in tables.measured.items()},
-        results=_results(directory.path / "results", config.get("dataset"), notes),
+        results=_results(
+            directory.path / "results",
+            None if evaluated is None else evaluated.init_from,
+            config.get("dataset"),
+            notes,
+        ),
         finished=finished is not None,
         trained=evaluated is None,
         running=False if finished is not None else directory.is_in_use(),
@@ -335,8 +343,13 @@ def _differences(config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     )
 
 
-def _results(folder: files.Path, own: str | None, notes: list[str]) -> tuple[Result, ...]:
-    """Every result that can be read, the run's own data set first."""
+def _results(
+    folder: files.Path, source: str | None, own: str | None, notes: list[str]
+) -> tuple[Result, ...]:
+    """Every result of these weights that can be read, the run's own data set first.
+
+    source: what the files call the weights; None: the directory's own.
+    """
     found = []
     try:
         with files.reaching(folder):
@@ -347,7 +360,14 @@ def _results(folder: files.Path, own: str | None, notes: list[str]) -> tuple[Res
         if file.name.startswith(".tmp-"):
             continue
         try:
-            found.append(_result(_read_json(file)))
+            saved = _read_json(file)
+            whose = saved.get("weights", {}).get("source")  # the first runs had only their own
+            if whose == source:
+                found.append(_result(saved))
+            else:
+                named = "this directory's own run" if whose is None else f"the weights {whose}"
+                how = "; --mode=eval with the run's configuration tests its own" * (source is None)
+                notes.append(f"results/{file.name} is of {named} and left out{how}.")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             notes.append(
                 f"results/{file.name} cannot be read ({error!r}), so its table is missing."

@@ -58,6 +58,7 @@ def result(dataset="synthetic", **changed):
         **{"dataset": dataset, "split": "test", "queries": 1200, "gallery": 600},
         **{"protocol": "val", "chosen_alpha": 0.68, "skipped_queries": {"t2i": 0, "i2t": 3}},
         **{"rows": rows, "captions": "all", "oracle_R1": 83.25, "chance_R1": {"t2i": 0.75}},
+        **{"weights": {"source": None, "step": 40}},
         **changed,
     }
 

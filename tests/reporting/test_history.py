@@ -182,6 +182,24 @@ def test_the_runs_own_data_set_comes_first_and_a_broken_result_is_noted(make_run
     assert note.startswith("results/b-test.json cannot be read (KeyError(")
 
 
+def test_results_of_other_weights_are_left_out_and_noted(make_run):
+    folder = make_run()
+    other = report_samples.result("jsonl", weights={"source": "other.pt", "step": None})
+    workdir.Workdir(folder).write_json("results/jsonl-test.json", other)
+    history = history_lib.read(folder)
+    assert [result.dataset for result in history.results] == ["synthetic"]
+    assert history.notes == (
+        "results/jsonl-test.json is of the weights other.pt and left out; --mode=eval with the "
+        "run's configuration tests its own.",
+    )
+    evaluated = dataclasses.replace(report_samples.CONFIG, init_from="other.pt")
+    history = history_lib.read(folder, evaluated)
+    assert [result.dataset for result in history.results] == ["jsonl"]
+    assert history.notes[1:] == (
+        "results/synthetic-test.json is of this directory's own run and left out.",
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "title"),
     [

@@ -167,6 +167,12 @@ def test_weights_of_another_run_are_not_taken_for_the_directory_s_own(run, data,
         text = page(path)
         assert "evaluated only" in text and '<section id="text-to-image">' in text
         assert '<section id="learning">' not in text and '<section id="evolution">' not in text
+    # The run's own report does not show them as what it reached.
+    assert "<caption>" in text
+    assessment.report_only(path, lambda line: None)
+    text = page(path)
+    assert f"results/synthetic-test.json is of the weights {run} and left out" in text
+    assert "Tested epoch" in text and "R@1, synthetic test" not in text
 
 
 def test_a_directory_without_its_metrics_is_evaluated_without_a_report(run, data, tmp_path, capsys):
