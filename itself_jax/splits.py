@@ -122,7 +122,8 @@ def facts(
     found: dict[str, Any] = {"masks": seen}
     for split in splits:
         people = zlib.crc32(np.ascontiguousarray(split.caption_ids, np.int64).tobytes())
-        words = zlib.crc32("\n".join(split.captions).encode())
+        # Own data may hold half a surrogate pair, which the tokenizer takes.
+        words = zlib.crc32("\n".join(split.captions).encode("utf-8", "surrogatepass"))
         found[f"data {split.dataset} {split.split}"] = (
             f"{len(split.captions)} captions, {len(split.images)} pictures, checksum "
             f"{words ^ people:08x}"

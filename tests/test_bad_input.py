@@ -89,6 +89,19 @@ def test_a_broken_vocabulary_exits_with_1_and_names_the_file(
     assert list((tmp_path / "run").iterdir()) == []
 
 
+# --- captions -------------------------------------------------------------------------------------
+
+
+def test_half_a_surrogate_pair_is_a_fact_like_every_letter(people):
+    """JSON can express it, and the tokenizer takes it."""
+    halves = [
+        dataclasses.replace(people, captions=(f"a man {letter}", *people.captions[1:]))
+        for letter in ("\ud83d", "\ud83c", "\ud83d")
+    ]
+    first, other, again = (splits.facts([split], None) for split in halves)
+    assert first == again != other
+
+
 # --- queries without a positive -------------------------------------------------------------------
 
 

@@ -36,8 +36,8 @@ def write(folder: str | os.PathLike, report: content.Report) -> files.Path:
     if len(pages) < len(charts):
         raise ValueError("two charts of a report have one name")
     # Last: whoever sees a new index in a bucket finds its neighbours.
-    pages[FAILURES] = _render("failures.html", report).encode()
-    pages[INDEX] = _render("page.html", report).encode()
+    pages[FAILURES] = _render("failures.html", report)
+    pages[INDEX] = _render("page.html", report)
     place = files.place(folder)
     try:
         with files.reaching(place):
@@ -89,7 +89,7 @@ def _refuse_strangers(folder: files.Path) -> None:
             raise FileExistsError(f"it holds {entry.name!r}, which no report wrote")
 
 
-def _render(template: str, report: content.Report) -> str:
+def _render(template: str, report: content.Report) -> bytes:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -101,9 +101,10 @@ def _render(template: str, report: content.Report) -> str:
     environment.filters["slashes"] = _with_breaks
     environment.filters["capitalize_first"] = lambda text: text[:1].upper() + text[1:]
     style = markupsafe.Markup((_HERE / "page.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(
+    page = environment.get_template(template).render(
         r=report, style=style, index=INDEX, failures=FAILURES, sections=_sections(report)
     )
+    return page.encode("utf-8", "replace")  # half a surrogate pair of a caption is no letter
 
 
 def _sections(report: content.Report) -> tuple[tuple[str, str], ...]:

@@ -146,6 +146,14 @@ def test_text_of_data_and_settings_is_shown_and_never_run(report, tmp_path):
     assert f"Picture {EVIL}" in [at["alt"] for at in index.all("img")]
 
 
+def test_half_a_surrogate_pair_of_a_caption_costs_its_letter_alone(report, tmp_path):
+    strip = report.text_to_image[0]._replace(caption="a man \ud83d in red")
+    report = report._replace(text_to_image=(strip,), failures=(strip,))
+    index = Page(page.write(tmp_path / "report", report))
+    for found in (index, Page(tmp_path / "report" / "failures.html")):
+        assert "a man ? in red" in found.text
+
+
 def test_index_holds_all_pictures_and_nothing_from_elsewhere(report, tmp_path):
     path = page.write(tmp_path / "report", report)
     index = Page(path)
