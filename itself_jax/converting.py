@@ -323,13 +323,7 @@ class _Rounding:
         self.path, self.values, self.largest = path, 0, 0.0
 
     def halve(self, name: str, values: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise weights.WeightsError(
-                f"{self.path}: {name} holds {np.abs(values).max():g}, which float16 cannot; write "
-                "with --dtype=float32."
-            )
+        half = weights.halved(self.path, name, values)
         inexact = half.astype(np.float32) != values
         if inexact.any():
             error = np.abs(half.astype(np.float32) - values)[inexact] / np.abs(values[inexact])

@@ -255,6 +255,22 @@ def read(weights: Weights, name: str, array: dialects.Array) -> np.ndarray:
     return values
 
 
+def halved(source: files.Path, name: str, values: np.ndarray) -> np.ndarray:
+    """One array in half precision; `source` and `name` are for the message.
+
+    Raises:
+      WeightsError: half precision cannot hold one of its values.
+    """
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise WeightsError(
+            f"{source}: {name} holds {np.abs(values).max():g}, which float16 cannot; "
+            "python -m itself_jax.convert with --dtype=float32 keeps it."
+        )
+    return half
+
+
 def describe(weights: Weights, config: config_lib.Config) -> dict[str, Any]:
     """What no layout says of itself, for a JSON field beside the arrays; read back by `open_`.
 

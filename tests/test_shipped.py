@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import slim
 from itself_jax import assessment, interrupt, weights, workdir
 from itself_jax import config as config_lib
 from tests import tiny
@@ -22,6 +23,11 @@ SHA256 = "bce67be134a6a77516c95a87f082a24520c6829d5a213eca8871a60b5f3f0563"
 @pytest.fixture(scope="module")
 def shipped():
     return weights.open_(NAME, print)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.shared(tmp_path_factory) / "data"
 
 
 def test_they_are_small_and_whole(shipped):
@@ -85,12 +91,12 @@ def test_a_run_becomes_such_a_file(tmp_path):
     done = slim_down(tmp_path / "run", target)
     assert done.returncode == 0, done.stderr
     assert "words, R@1 on val" in done.stdout
-    whole, slim = weights.open_(tmp_path / "run", print), weights.open_(target, print)
-    assert not slim.has_local and slim.num_identities is None
-    assert slim.arrays.keys() == {
+    whole, slimmed = weights.open_(tmp_path / "run", print), weights.open_(target, print)
+    assert not slimmed.has_local and slimmed.num_identities is None
+    assert slimmed.arrays.keys() == {
         name for name in whole.arrays if not name.startswith(weights.HEADS)
     }
-    for name, array in slim.arrays.items():
+    for name, array in slimmed.arrays.items():
         before, after = whole.arrays[name].read(), array.read()
         if name == WORDS:
             seen = np.abs(after).sum(axis=1) > 0
@@ -99,10 +105,45 @@ def test_a_run_becomes_such_a_file(tmp_path):
         np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-6)
 
 
-def test_what_holds_no_run_is_refused_in_one_sentence(tmp_path):
-    done = slim_down(tmp_path / "none", tmp_path / "slim.npz")
-    assert done.returncode == 2 and "holds no run: train there first" in done.stderr
+@pytest.mark.parametrize(
+    ("saved", "code", "message"),
+    [
+        (None, 1, "holds no run: train there first"),
+        ("{", 1, "config.json is not a configuration of itself_jax"),
+        ('{"config": {"gone": 1}}', 2, "config key 'gone' does not exist"),
+        ('{"config": {"dataset": "jsonl", "data_root": "/none"}}', 1, "/none"),
+        (
+            '{"config": {"dataset": "synthetic", "data_root": "DATA", '
+            '"synthetic": {"identities": [24, 6, 6], "images_per_identity": 2}}}',
+            *(1, "no validated checkpoint"),
+        ),
+    ],
+)
+def test_what_is_no_whole_run_is_refused_in_one_sentence(tmp_path, data, saved, code, message):
+    if saved is not None:
+        saved = saved.replace("DATA", str(data))
+        (tmp_path / "config.json").write_text(saved)
+    done = slim_down(tmp_path, tmp_path / "slim.npz")
+    assert done.returncode == code and message in done.stderr, done.stderr
+    assert done.stderr.startswith("itself_jax: ") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "slim.npz").exists()
+
+
+def test_what_half_precision_or_the_disk_cannot_hold_is_refused(
+    tmp_path, data, shipped, monkeypatch
+):
+    """Weights that are the package's own, but for one value."""
+    saved = {"config": config_lib.to_dict(tiny.settings(data))}
+    file = workdir.Workdir(tmp_path).write_json("config.json", saved)
+    monkeypatch.setattr(weights, "of_run", lambda run, log: shipped)
+    with pytest.raises(OSError, match=r"config\.json/a\.npz cannot be written \(.+ give another"):
+        slim.write(tmp_path, file / "a.npz")
+    large = np.full(shipped.arrays[WORDS].shape, 7e4, np.float32)
+    arrays = {**shipped.arrays, WORDS: weights._Held(large)}
+    monkeypatch.setattr(weights, "of_run", lambda run, log: shipped._replace(arrays=arrays))
+    with pytest.raises(weights.WeightsError, match="token_embedding.weight holds 70000, which fl"):
+        slim.write(tmp_path, tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists()
 
 
 def slim_down(run, target):
