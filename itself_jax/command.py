@@ -147,7 +147,11 @@ def folders_above(path: pathlib.Path) -> Iterator[None]:
 
 
 def move(temporary: pathlib.Path, path: pathlib.Path) -> None:
-    """Puts a new folder (or file) in place; the old one is whole until the new one is."""
+    """Puts a new folder (or file) in place of an old one, which is back if that fails.
+
+    For a moment between there is none: a process that is killed then leaves the old one whole, as
+    `.NAME.PID.old`, for `settle`.
+    """
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
         os.replace(path, old)
@@ -157,10 +161,40 @@ def move(temporary: pathlib.Path, path: pathlib.Path) -> None:
         if old.exists():
             os.replace(old, path)
         raise
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def settle(path: pathlib.Path) -> None:
+    """Ends what killed processes began: puts back what `move` had put aside, where there is none.
+
+    What else they left goes: it is under the names of `move`, or of `.tmp-NAME-PID`.
+    """
+    name = re.escape(path.name)
+    for left in list(path.parent.iterdir()) if path.parent.is_dir() else ():
+        found = re.fullmatch(rf"\.tmp-{name}-(\d{{1,9}})|\.{name}\.(\d{{1,9}})\.old", left.name)
+        if found is None or _is_another_alive(int(found[1] or found[2])):
+            continue
+        if found[2] and not path.exists():
+            os.replace(left, path)
+        else:
+            _remove(left)
+
+
+def _is_another_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return pid != os.getpid()  # a killed process had our number
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def configuration(flag: flags.FlagHolder) -> config_lib.Config:

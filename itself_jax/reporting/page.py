@@ -23,7 +23,9 @@ _HERE = pathlib.Path(__file__).parent
 def write(folder: str | os.PathLike, report: content.Report) -> files.Path:
     """Writes the report's pages and PNGs into `folder`, in place of an older report there.
 
-    On a disk a reader sees the old report or the new one, in a bucket each file for itself.
+    On a disk a reader sees the old report or the new one, or for a moment between them none; a
+    process that is killed then leaves the old one for the next writing to put back. In a bucket
+    each file is the old or the new one for itself.
 
     Returns:
       The path of `index.html`.
@@ -41,6 +43,8 @@ def write(folder: str | os.PathLike, report: content.Report) -> files.Path:
     place = files.place(folder)
     try:
         with files.reaching(place):
+            if remote.is_local(place):
+                command.settle(place)
             _refuse_strangers(place)
             if remote.is_local(place):
                 _write_folder(place, pages)
@@ -58,7 +62,6 @@ def _write_folder(folder: pathlib.Path, pages: dict[str, bytes]) -> None:
     temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     try:
         with command.folders_above(folder):
-            files.remove(temporary)  # of a killed process with our number
             temporary.mkdir()
             for name, data in pages.items():
                 (temporary / name).write_bytes(data)

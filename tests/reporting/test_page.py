@@ -3,6 +3,8 @@
 import base64
 import html.parser
 import os
+import subprocess
+import sys
 
 import bucket
 import pytest
@@ -236,18 +238,38 @@ def test_a_new_report_replaces_the_old_one_as_a_whole(report, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
+def full(source, target):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_failed_writing_leaves_the_old_report(report, tmp_path, monkeypatch):
     folder = page.write(tmp_path / "report", report).parent
     before = (folder / "index.html").read_bytes()
-
-    def full(source, target):
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(page.command, "move", full)
     with pytest.raises(OSError, match=r"cannot be written to .*report \(No space left on device\)"):
         page.write(folder, report._replace(title="another"))
     assert (folder / "index.html").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_what_a_killed_process_left_is_put_back_or_removed(report, tmp_path, monkeypatch):
+    folder = page.write(tmp_path / "report", report).parent
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    # Killed between the two steps of `move`; and, at other times, before and after them.
+    folder.rename(tmp_path / f".report.{killed.pid}.old")
+    for name in (f".tmp-report-{killed.pid}", f".tmp-report-{os.getpid()}", ".tmp-report-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "loss.png").write_text("")
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="cannot be written"):
+        patched.setattr(page.command, "move", full)
+        page.write(folder, report._replace(title="another"))
+    assert "synthetic, MARS + ATS" in Page(folder / "index.html").text
+    (tmp_path / f".report.{killed.pid}.old").mkdir()
+    page.write(folder, report._replace(title="another"))
+    assert "another" in Page(folder / "index.html").text
+    # Process 1 lives.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-report-1", "report"]
 
 
 def test_a_folder_that_is_no_reports_is_not_replaced(report, tmp_path):
