@@ -131,12 +131,13 @@ class Workdir:
         return saved
 
     def finished(self) -> dict[str, Any] | None:
-        """What a finished run left behind, or None."""
+        """What a finished run left behind; None: nothing, or nothing that can be understood."""
         try:
             with files.reaching(self.path):
-                return json.loads((self.path / _FINISHED).read_text(encoding="utf-8"))
+                found = json.loads((self.path / _FINISHED).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        return found if isinstance(found, dict) else None
 
     def is_in_use(self) -> bool | None:
         """Whether a run has this directory now; None where that is not known, as in a bucket."""

@@ -135,6 +135,8 @@ def test_a_finished_mark_that_is_broken_counts_as_none(directory):
     assert directory.finished() is None
     directory.finish({"step": 6})
     assert directory.finished() == {"step": 6}
+    directory.write_json("finished.json", [])
+    assert directory.finished() is None
     (directory.path / "finished.json").write_text('{"st')
     assert directory.finished() is None
 

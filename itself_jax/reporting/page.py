@@ -17,6 +17,7 @@ from itself_jax.data import remote
 from itself_jax.reporting import content
 
 INDEX, FAILURES = "index.html", "failures.html"
+_CHARTS = ("curves", "fusion", "measured")  # of a report
 _HERE = pathlib.Path(__file__).parent
 
 
@@ -33,10 +34,8 @@ def write(folder: str | os.PathLike, report: content.Report) -> files.Path:
     Raises:
       OSError: the folder cannot be written, or holds something that is no report's; one sentence.
     """
-    charts = (*report.curves, *report.fusion, *report.measured)
-    pages = {f"{chart.name}.png": chart.png for chart in charts}
-    if len(pages) < len(charts):
-        raise ValueError("two charts of a report have one name")
+    report = _with_names_apart(report)
+    pages = {f"{chart.name}.png": chart.png for part in _CHARTS for chart in getattr(report, part)}
     # Last: whoever sees a new index in a bucket finds its neighbours.
     pages[FAILURES] = _render("failures.html", report)
     pages[INDEX] = _render("page.html", report)
@@ -85,11 +84,27 @@ def _refuse_strangers(folder: files.Path) -> None:
     if not folder.is_dir():
         raise FileExistsError("it is a file")
     index = folder / INDEX
-    before = index.read_text(encoding="utf-8") if index.exists() else ""
+    before = index.read_bytes().decode("utf-8", "replace") if index.exists() else ""
     for entry in folder.iterdir():
         is_ours = entry.name in (INDEX, FAILURES) or f'data-file="{entry.name}"' in before
         if not is_ours and not entry.name.startswith("."):  # as file managers leave them
             raise FileExistsError(f"it holds {entry.name!r}, which no report wrote")
+
+
+def _with_names_apart(report: content.Report) -> content.Report:
+    """Charts of one name are numbered: metrics may differ in what no file's name keeps."""
+    taken: set[str] = set()
+
+    def own(chart: content.Chart) -> content.Chart:
+        name, number = chart.name, 1
+        while name in taken:
+            number += 1
+            name = f"{chart.name}-{number}"
+        taken.add(name)
+        return chart._replace(name=name)
+
+    parts = {part: tuple(map(own, getattr(report, part))) for part in _CHARTS}
+    return report._replace(**parts)
 
 
 def _render(template: str, report: content.Report) -> bytes:

@@ -178,9 +178,15 @@ def test_charts_lie_beside_the_page_as_files(report, tmp_path):
         "measured-pointing.png",
     ]
     assert (folder / "loss.png").read_bytes() == report.curves[0].png
-    twice = report._replace(fusion=report.curves)
-    with pytest.raises(ValueError, match="one name"):
-        page.write(folder, twice)
+
+
+def test_charts_of_one_name_are_numbered(report, tmp_path):
+    """As of a metric `bank` beside the charts' own, or of two without a letter of ASCII."""
+    twice = report._replace(fusion=report.curves, measured=report.curves[:1])
+    index = Page(page.write(tmp_path / "report", twice))
+    names = ["loss.png", "grad_norm.png", "loss-2.png", "grad_norm-2.png", "loss-3.png"]
+    assert [at["data-file"] for at in index.with_class("chart")] == names
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == set(names)
 
 
 def test_pages_are_little_more_than_their_pictures(report, tmp_path):
@@ -280,6 +286,9 @@ def test_a_folder_that_is_no_reports_is_not_replaced(report, tmp_path):
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
     with pytest.raises(OSError, match="it is a file"):
         page.write(tmp_path / "mine" / "thesis.tex", report)
+    (tmp_path / "mine" / "index.html").write_bytes(b"caf\xe9")
+    with pytest.raises(OSError, match="it holds 'thesis.tex', which no report wrote"):
+        page.write(tmp_path / "mine", report)
 
 
 def test_a_report_in_a_bucket_has_the_same_files_and_none_of_the_last(report, tmp_path, requests):
