@@ -226,10 +226,8 @@ def _on_differences(rows: Sequence[Mapping[str, Any]]) -> str:
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     metrics = {key: label for key, label in _METRICS.items() if any(key in row for row in rows)}
     papers = any(row["paper"] is not None for row in rows)
-    references = dict.fromkeys(row["compared_to"] for row in rows)
-    other = f"“{next(iter(references))}”" if len(references) == 1 else "the first of its kind"
     differences = {
-        key: f"{_METRICS[metric]} less that of {other}"
+        key: f"{_METRICS[metric]} less that of {_other(rows)}"
         for metric, key in _DIFFERENCES.items()
         if any(key in row for row in rows)
     }
@@ -242,6 +240,11 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             cells.append("" if row["paper"] is None else f"{row['paper']:.2f}")
         lines.append(_line(cells))
     return [*lines, ""]
+
+
+def _other(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the rows are compared to; of several arms each to its own."""
+    return f"“{rows[0]['compared_to'].rpartition(', ')[2]}”"
 
 
 def _cell(row: Mapping[str, Any], key: str, *, signed: bool = False) -> str:
@@ -284,12 +287,13 @@ def figure(summary: Mapping[str, Any]) -> bytes:
 def _dots(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """R@1 on the left; on the right the differences, with the paper's own beside them."""
     places = np.arange(len(rows))[::-1]
-    titles, papers = ("R@1 in percent", "difference in points"), {}
+    papers = {}
     by_name = {row["row"]: row for row in rows}
     for row, place in zip(rows, places, strict=True):
         other = by_name[row["compared_to"]]
         if "difference" in row and None not in (row["paper"], other["paper"]):
             papers[place] = row["paper"] - other["paper"]
+    titles = ("R@1 in percent", f"R@1 less that of {_other(rows)}, in points")
     with charts.panels(titles, "", ["", ""], height=1.2 + 0.26 * len(rows)) as panels:
         for axes, key in zip(panels, ("R1", "difference"), strict=True):
             shown = [
@@ -324,7 +328,8 @@ def _dots(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _lines(curves: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
     titles = list(curves)
-    with charts.panels(titles, "epoch", [""] * len(titles), height=3.4) as panels:
+    units = ["nats" if "entropy" in title else "percent" for title in titles]
+    with charts.panels(titles, "epoch", units, height=4.4, width=4.6) as panels:
         for axes, table in zip(panels, curves.values(), strict=True):
             for style, (name, by_epoch) in enumerate(table.items()):
                 values = [Mean(**value) for value in by_epoch.values()]
@@ -339,7 +344,7 @@ def _lines(curves: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
                     label=name,
                 )
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         return charts.to_png(panels[0].figure)
 
 

@@ -402,14 +402,18 @@ def canvas(x: str, y: str, height: float = _SIZE[1]) -> Iterator[axes_lib.Axes]:
 
 @contextlib.contextmanager
 def panels(
-    titles: Sequence[str], x: str, y: Sequence[str], height: float = _SIZE[1]
+    titles: Sequence[str],
+    x: str,
+    y: Sequence[str],
+    height: float = _SIZE[1],
+    width: float = _SIZE[0],
 ) -> Iterator[tuple[axes_lib.Axes, ...]]:
-    """Axes side by side, as `canvas` has one: a title and a y axis each."""
+    """Axes side by side, as `canvas` has one: a title and a y axis each; inches of one of them."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         drawing = figure.Figure(
-            figsize=(_SIZE[0] * len(titles), height),
+            figsize=(width * len(titles), height),
             dpi=_DPI,
             facecolor="white",
             layout="constrained",

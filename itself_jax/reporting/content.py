@@ -56,7 +56,7 @@ class View(NamedTuple):
     """A pair of picture and caption as one saliency source sees it."""
 
     source: str  # "mars", "layer:1", ...
-    png: bytes | None  # the picture, heat over it, kept patches outlined; None as in Crop
+    png: bytes | None  # the picture with kept patches coloured and outlined; None as in Crop
     words: tuple[Word, ...]
     patches: int  # kept
     alt: str

@@ -16,6 +16,7 @@ UNREADABLE = (records.DataError, remote.CopyError)
 _CROP_HEIGHT = 144
 VIEW_HEIGHT = 240
 _HEAT = 0.4  # its share of a pixel's colour
+_FADED = 0.7  # the share of white where a patch is not kept
 _COLOURS = 64  # of a PNG's palette: a third of the bytes, and nobody sees it
 
 
@@ -53,17 +54,25 @@ def heat(
     kept: Int[np.ndarray, " k"],
     model: config_lib.Model,
 ) -> bytes:
-    """The picture in grey, each patch coloured by its saliency, the kept ones outlined, as a PNG.
+    """The picture in grey, kept patches coloured by their saliency and outlined, others faded.
 
     Args:
-      saliency: of the patches, row by row, ≥ 0; colours go from the least to the most salient one.
+      saliency: of the patches, row by row, ≥ 0; colours go from the least to the most salient one,
+        of all patches.
       kept: indices of patches.
+
+    Returns:
+      A PNG.
     """
     colours = matplotlib.colormaps["plasma"](_unit(saliency).reshape(model.grid))[..., :3]
     grey = np.asarray(drawn.convert("L").convert("RGB"), np.float32)
     size = (drawn.width, drawn.height)
     over = Image.fromarray((255 * colours).astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     mixed = (1 - _HEAT) * grey + _HEAT * np.asarray(over, np.float32)
+    is_kept = np.zeros(model.grid, bool)
+    is_kept.flat[kept] = True
+    cells = np.asarray(Image.fromarray(is_kept).resize(size, Image.Resampling.NEAREST))
+    mixed = np.where(cells[..., None], mixed, (1 - _FADED) * grey + _FADED * 255)
     result = Image.fromarray(mixed.astype(np.uint8))
     pen = ImageDraw.Draw(result)
     for colour, width in (("black", 4), ("white", 2)):
