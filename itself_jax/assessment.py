@@ -338,7 +338,8 @@ def report_only(path: str | os.PathLike, log: Log) -> files.Path:
     """`python -m itself_jax.report`: writes the report of a directory anew, on one device.
 
     The test split is shown of a finished run; of another one the split that it validates on, with
-    the best weights so far. Without weights or data the report lacks what needs them, and says so.
+    the best weights so far. Without weights or data the report lacks what needs them, and says so;
+    of single pictures that cannot be read it lacks them alone.
 
     Raises:
       ReportError: there is no run in the directory.
@@ -367,10 +368,11 @@ def report_only(path: str | os.PathLike, log: Log) -> files.Path:
         signals = interrupt.Interrupts()
         this, variables = ready(config, directory, mesh, best, shown, signals, ALONE, log)
         alpha = best.meta["best_alpha"] if config.eval.alpha is None else config.eval.alpha
+        shown, embeddings, notes = _encode_readable(this, variables, shown)
         material = examples.gather(
             config,
             shown,
-            encode(this, variables, shown),
+            embeddings,
             alpha if config.local.enabled else 1.0,
             lambda split, captions: this.watcher.pairs(variables, split, captions),
             watched,
@@ -384,6 +386,41 @@ def report_only(path: str | os.PathLike, log: Log) -> files.Path:
     ) as error:
         notes = (f"No queries, answers and saliency are shown: {error}",)
     return writing.write(directory.path, material, notes=notes)
+
+
+def _encode_readable(
+    this: Run, variables: dict[str, Any], split: records.Split
+) -> tuple[records.Split, retrieval.Embeddings, tuple[str, ...]]:
+    """Encodes a split without the pictures that cannot be read; what is left, and a note of them.
+
+    Results are of whole splits, which `encode` insists on; a report only shows some of a split.
+
+    Raises:
+      DataError: none can be read.
+    """
+    try:
+        return split, encode(this, variables, split), ()
+    except records.DataError:
+        lost = [index for index in range(len(split.images)) if not _is_readable(this, split, index)]
+        left = sorted(set(range(len(split.images))) - set(lost))
+        if not lost or not left:
+            raise
+    names = ", ".join(split.image_paths[index] for index in lost[:10])
+    note = (
+        f"{len(lost)} of {len(split.images)} pictures of {split.dataset} {split.split} cannot be "
+        f"read and are no queries and answers here, nor are their captions: {names}"
+        f"{', …' if lost[10:] else ''}. Restore the files and write the report again."
+    )
+    left = split.with_pictures(left)
+    return left, encode(this, variables, left), (note,)
+
+
+def _is_readable(this: Run, split: records.Split, index: int) -> bool:
+    try:
+        split.images.load(index, this.config.model.image_size)
+    except records.DataError:
+        return False
+    return True
 
 
 def _followed(

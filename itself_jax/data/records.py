@@ -93,6 +93,19 @@ class Split:
             caption_images=np.arange(len(captions), dtype=np.int32),
         )
 
+    def with_pictures(self, pictures: Sequence[int]) -> Split:
+        """Returns the split of these pictures, in ascending order, and of their captions."""
+        kept = np.isin(self.caption_images, pictures)
+        return dataclasses.replace(
+            self,
+            images=self.images.subset(pictures),
+            image_paths=tuple(self.image_paths[index] for index in pictures),
+            image_ids=self.image_ids[np.asarray(pictures, np.intp)],
+            captions=tuple(self.captions[index] for index in np.flatnonzero(kept)),
+            caption_ids=self.caption_ids[kept],
+            caption_images=np.searchsorted(pictures, self.caption_images[kept]).astype(np.int32),
+        )
+
     def single_caption(self) -> Split:
         """Returns the split with only the first caption of every picture."""
         _, first = np.unique(self.caption_images, return_index=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itself_jax import assessment, interrupt, retrieval, splits
+from itself_jax import assessment, interrupt, retrieval, splits, watching
 from itself_jax import config as config_lib
 from itself_jax.data import records
 from itself_jax.reporting import drawing, history
@@ -121,7 +122,41 @@ def test_a_run_that_goes_on_shows_its_validation_and_lacks_nothing_else(run, tmp
     assert "Synthetic val, α = " in text and "Synthetic test" not in text
 
 
-def test_without_weights_or_pictures_the_page_says_so(run, data, tmp_path):
+def test_a_damaged_picture_costs_its_own_places_alone_and_a_missing_one_is_named(
+    run, data, tmp_path
+):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.copytree(data, tmp_path / "data")
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["data_root"] = str(tmp_path / "data")
+    (copy / "config.json").write_text(json.dumps(saved))
+    config = config_lib.from_dict(saved["config"])
+    shown, followed = (splits.read(config, "synthetic", x, print) for x in ("test", "val"))
+    at = int(followed.caption_images[watching.followed(followed, 2)[0]])
+    for lost in (shown.images.name(3), followed.images.name(at)):
+        pathlib.Path(lost).write_bytes(b"")
+    assessment.report_only(copy, lambda line: None)
+    text = page(copy)
+    for section in ("text-to-image", "image-to-text", "saliency", "evolution"):
+        assert f'<section id="{section}">' in text
+    assert "1 of 12 pictures of synthetic test cannot be read" in text
+    assert f"nor are their captions: {shown.image_paths[3]}. Restore" in text
+    assert "of 11<" in text and "of 12<" not in text  # queries and answers are of the others
+    assert f": picture {followed.image_paths[at]} could not be read" in text
+    assert shown.image_paths[3] not in text.split("<h2>Notes</h2>")[0]
+    for index in range(len(shown.images)):
+        pathlib.Path(shown.images.name(index)).write_bytes(b"")
+    assessment.report_only(copy, lambda line: None)
+    assert re.search("No queries, answers and saliency are shown: .* cannot be read", page(copy))
+    # Who reads a data set asks for all of its files.
+    pathlib.Path(shown.images.name(3)).unlink()
+    assessment.report_only(copy, lambda line: None)
+    name = pathlib.Path(shown.images.name(3)).name
+    assert re.search(f"No queries, answers and saliency are shown: .*{name}.*complete", page(copy))
+
+
+def test_without_weights_the_page_says_so(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "checkpoints")
