@@ -269,16 +269,20 @@ def test_pictures_that_were_packed_in_one_size_are_shown(run):
     assert Image.open(io.BytesIO(shown)).size == (72, 144)
 
 
-def test_heat_outlines_what_is_kept():
+def test_heat_colours_and_outlines_what_is_kept_and_fades_the_rest():
     model = tiny.settings("x").model  # 4 x 2 patches
-    picture = Image.new("RGB", (120, 240), "white")
+    picture = Image.new("RGB", (120, 240), (100, 100, 100))
     saliency = np.asarray([0.0, 0, 0, 1, 0, 0, 0, 0], np.float32)
-    drawn = Image.open(io.BytesIO(drawing.heat(picture, saliency, np.asarray([3]), model)))
+    drawn = Image.open(io.BytesIO(drawing.heat(picture, saliency, np.asarray([3, 4]), model)))
     pixels = np.asarray(drawn.convert("RGB")).astype(int)
     # Patch 3 is row 1, column 1: x 60..120, y 60..120. Its left side is a white line on black.
     assert (pixels[90, 59:62] > 240).all(axis=1).any()
     assert (pixels[90, 57:64] < 40).all(axis=1).any()
-    # Inside it is the brightest colour of the map, elsewhere the darkest one.
-    assert pixels[90, 90, 0] > pixels[30, 30, 0]
-    # No other patch is outlined.
-    assert not (pixels[178:183, 30] < 40).all(axis=1).any()
+    # Inside it is the brightest colour of the map, a yellow; in patch 4, below on the left, the
+    # darkest, a blue: each two fifths of a pixel.
+    assert pixels[90, 90] == pytest.approx([156, 159, 73], abs=4)
+    assert pixels[150, 30] == pytest.approx([65, 63, 113], abs=4)
+    # Elsewhere the picture's grey is mixed with white, and nothing is outlined.
+    assert pixels[30, 30] == pytest.approx([208, 208, 208], abs=4)
+    assert pixels[210, 90] == pytest.approx([208, 208, 208], abs=4)
+    assert not (pixels[57:64, 30] < 40).all(axis=1).any()
