@@ -402,8 +402,8 @@ def _encode_readable(
         return split, encode(this, variables, split), ()
     except records.DataError:
         lost = [index for index in range(len(split.images)) if not _is_readable(this, split, index)]
-        left = sorted(set(range(len(split.images))) - set(lost))
-        if not lost or not left:
+        kept = sorted(set(range(len(split.images))) - set(lost))
+        if not lost or not kept:
             raise
     names = ", ".join(split.image_paths[index] for index in lost[:10])
     note = (
@@ -411,7 +411,7 @@ def _encode_readable(
         f"read and are no queries and answers here, nor are their captions: {names}"
         f"{', …' if lost[10:] else ''}. Restore the files and write the report again."
     )
-    left = split.with_pictures(left)
+    left = split.with_pictures(kept)
     return left, encode(this, variables, left), (note,)
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -18,6 +19,7 @@ from itself_jax import config as config_lib
 FAILED, REJECTED, INTERRUPTED = 1, 2, 75  # 0: done
 # The second name says that the first one is ours.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "ITSELF_JAX_HUGE_PAGES": "1"}
+_UNTOUCHED = 60  # seconds
 _KERNEL_SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
@@ -84,18 +86,38 @@ def _parsed(argv: Sequence[str]) -> list[str]:
         cause = _of_config_file(error)
         if cause is None:
             raise
-        given = [value[len("--config=") :] for value in argv if value.startswith("--config=")]
-        raise flags.Error(f"--config{''.join(f'={x}' for x in given[-1:])}: {cause}") from error
+        expected = isinstance(cause, (ValueError, RuntimeError, OSError))
+        kind = "" if expected and str(cause) else f"{type(cause).__name__}: "
+        raise flags.Error(f"--config{_config_file(argv)}: {kind}{cause}") from error
+
+
+def _config_file(argv: Sequence[str]) -> str:
+    """ "=FILE" as the command line names it; "" where it does not."""
+    for place, value in reversed(list(enumerate(argv))):
+        if found := re.fullmatch(r"--?config(=.*)?", value):
+            return found[1] or "".join(f"={following}" for following in argv[place + 1 : place + 2])
+    return ""
 
 
 def _of_config_file(error: BaseException) -> BaseException | None:
     """What a config file raised, as it was; None for an error of the command line itself."""
     if not isinstance(error, flags.Error):
         return error
-    # ml_collections raises a ValueError or TypeError anew, with its whole traceback as the text.
+    # ml_collections raises a ValueError or TypeError anew, with its whole traceback as the text; of
+    # a class that takes more than a text, such as JSONDecodeError, that fails once more.
     context = error.__context__
-    wrapped = context is not None and str(context).startswith("Error whilst parsing config file")
-    return context.__context__ if wrapped else None
+    if context is None or context.__context__ is None:
+        return None
+    return context.__context__ if _is_from_config_parser(context) else None
+
+
+def _is_from_config_parser(error: BaseException) -> bool:
+    if str(error).startswith("Error whilst parsing config file"):
+        return True
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and "config_flags" in traceback.tb_frame.f_code.co_filename
 
 
 def run(work: Callable[[], object], *, debug: bool) -> None:
@@ -167,17 +189,24 @@ def move(temporary: pathlib.Path, path: pathlib.Path) -> None:
 def settle(path: pathlib.Path) -> None:
     """Ends what killed processes began: puts back what `move` had put aside, where there is none.
 
-    What else they left goes: it is under the names of `move`, or of `.tmp-NAME-PID`.
+    What else they left goes: it is under the names of `move`, of `.NAME.PID.tmp`, or of
+    `.tmp-NAME-PID`. Not what was written to within a minute: on a shared disk, a process of another
+    machine may be at it.
     """
     name = re.escape(path.name)
+    unfinished = re.compile(rf"\.tmp-{name}-(?P<pid>\d{{1,9}})|\.{name}\.(?P<id>\d{{1,9}})\.tmp")
     for left in list(path.parent.iterdir()) if path.parent.is_dir() else ():
-        found = re.fullmatch(rf"\.tmp-{name}-(\d{{1,9}})|\.{name}\.(\d{{1,9}})\.old", left.name)
-        if found is None or _is_another_alive(int(found[1] or found[2])):
-            continue
-        if found[2] and not path.exists():
-            os.replace(left, path)
-        else:
-            _remove(left)
+        if aside := re.fullmatch(rf"\.{name}\.(\d{{1,9}})\.old", left.name):
+            if _is_another_alive(int(aside[1])):
+                continue
+            if not path.exists():
+                os.replace(left, path)
+            else:
+                _remove(left)
+        elif found := unfinished.fullmatch(left.name):
+            is_new = time.time() - left.stat().st_mtime < _UNTOUCHED
+            if not is_new and not _is_another_alive(int(found["pid"] or found["id"])):
+                _remove(left)
 
 
 def _is_another_alive(pid: int) -> bool:

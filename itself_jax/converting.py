@@ -400,6 +400,7 @@ def _write_checkpoint(
     description = weights.describe(source.weights, source.config)
     meta = {"score": None, weights.DESCRIPTION: description, "kind": source.weights.kind}
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
+    command.settle(path.absolute())
     try:
         with checkpoint.Checkpoints(temporary / "checkpoints", log=log) as checkpoints:
             checkpoints.save(source.weights.meta.get("iteration", 0), state, meta)

@@ -75,7 +75,7 @@ def _run(name: str) -> None:
         [(arm, runs.plan(base, arm, seed, folder)) for arm in experiment.arms]
         for seed in range(_SEEDS.value)
     ]
-    # What is there is in the tables from the start: they never lose a seed that they had.
+    # What is there is in the tables from the start: they never lose a seed that is asked for.
     records = [{arm.name: runs.read(run) for arm, run in of_seed} for of_seed in planned]
     question = experiment.asks
 

@@ -107,6 +107,7 @@ def export(
     ready = encoders.load(source, log=log, **options)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        command.settle(path)
         temporary.mkdir()
         parity = write(ready, temporary, log, formats=formats)
         settings = describe(ready, parity)

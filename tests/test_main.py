@@ -310,7 +310,12 @@ def test_a_missing_flag_or_file_exits_with_2(tmp_path):
     missing = tiny.call(f"--workdir={tmp_path / 'run'}", config="configs/none.py")
     assert_refused(missing, 2, r"configs/none\.py")
     broken = tmp_path / "broken.py"
-    for raised, message in (("1 / 0", "division by zero"), ("int('x')", "invalid literal")):
+    for raised, message in (
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("int('x')", "invalid literal"),
+        ("{}['lr']", "KeyError: 'lr'"),
+        ("__import__('json').loads('{')", "Expecting property name"),
+    ):
         broken.write_text(f"def get_config():\n    return {raised}\n")
         done = tiny.call(f"--workdir={tmp_path / 'run'}", config=broken)
         assert_refused(done, 2, rf"^itself_jax: --config={broken}: {message}")

@@ -55,13 +55,7 @@ class _Trained:
         self.run = run
         alone = {"mesh.data": 1, "mesh.model": 1, "sharding": "replicated"}
         alone["eval.dump_embeddings"] = False
-        try:
-            self.best = weights.of_run(run.workdir, _quiet)
-        except checkpoint.CheckpointError as error:
-            raise runs.ExperimentError(
-                f"the weights of the finished run in {run.workdir} are gone or damaged ({error}): "
-                "remove that directory, and the same command trains it anew."
-            ) from error
+        self.best = self._read()
         config = config_lib.replace(run.config, alone)
         self.config = fitting.resolve(config, self.best, _quiet, training=False)
         self.test = splits.read(self.config, self.config.dataset, "test", _quiet)
@@ -69,8 +63,13 @@ class _Trained:
 
     def of_epoch(self, at_step: int, like: dict[str, Any]) -> dict[str, Any]:
         """The weights of another epoch, where those of `like` are."""
-        found = weights.of_run(self.run.workdir, _quiet, step=at_step)
-        return fitting.fit(found, like, self.config.model, _quiet)
+        return fitting.fit(self._read(at_step), like, self.config.model, _quiet)
+
+    def _read(self, at_step: int | None = None) -> weights.Weights:
+        try:
+            return weights.of_run(self.run.workdir, _quiet, step=at_step)
+        except checkpoint.CheckpointError as error:
+            raise runs.gone(self.run, error) from error
 
 
 class _Model:

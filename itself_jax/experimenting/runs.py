@@ -49,10 +49,11 @@ def plan(base: config_lib.Config, arm: plans.Arm, seed: int, folder: pathlib.Pat
       ConfigError: the configuration does not allow what the arm changes, or chooses epoch and
         fusion weight elsewhere than on val, as all tables take them to be.
     """
-    if base.eval.protocol != "val" or base.train_on_all:
+    if base.eval.protocol != "val" or base.train_on_all or base.eval.alpha is not None:
         raise config_lib.ConfigError(
-            "experiments choose epoch and fusion weight on val: eval.protocol must be 'val' and "
-            f"train_on_all False, not {base.eval.protocol!r} and {base.train_on_all}."
+            "experiments choose epoch and fusion weight on val: eval.protocol must be 'val', "
+            "train_on_all False and eval.alpha None, "
+            f"not {base.eval.protocol!r}, {base.train_on_all} and {base.eval.alpha}."
         )
     before = config_lib.flatten(config_lib.to_dict(base))
     depth = base.model.vision_depth
@@ -148,7 +149,7 @@ def finished(run: Run, log: Log) -> dict[str, Any]:
     record = read(run)
     if record is None:
         train(run, log)
-        record = alone(results, run)
+        record = alone(run, results, run)
         keep(run, record)
     return record
 
@@ -164,10 +165,10 @@ def asked(run: Run, question: str, ask: Callable[..., dict[str, Any]], log: Log)
       KeyboardInterrupt: as `train`.
     """
     train(run, log)
-    before, record = read(run), alone(results, run)
+    before, record = read(run), alone(run, results, run)
     if before is not None and {**before, "answers": {}} == record:
         record = before
-    answer = alone(ask, question, run, record, log)
+    answer = alone(run, ask, question, run, record, log)
     now = read(run)  # another experiment may have asked the same run meanwhile
     if now is not None and {**now, "answers": {}} == {**record, "answers": {}}:
         record = now
@@ -176,8 +177,8 @@ def asked(run: Run, question: str, ask: Callable[..., dict[str, Any]], log: Log)
     return record
 
 
-def alone(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own, which ends with it.
+def alone(run: Run, call: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns of a run, in a process of its own, which ends with it.
 
     Raises:
       ExperimentError: that process was killed.
@@ -199,8 +200,8 @@ def alone(call: Callable[..., Any], *arguments: Any) -> Any:
                 raise
     except futures.process.BrokenProcessPool as error:
         raise ExperimentError(
-            f"the process that evaluates {arguments[0]} was killed, perhaps for want of memory; "
-            "the same command goes on."
+            f"the process that evaluates {run.workdir} was killed, perhaps for want of memory; the "
+            "same command goes on."
         ) from error
 
 
@@ -264,7 +265,26 @@ def train(run: Run, log: Log) -> None:
 
 
 def results(run: Run) -> dict[str, Any]:
-    """The record of a finished run, without answers: test rows, validations, the people found."""
+    """The record of a finished run, without answers: test rows, validations, the people found.
+
+    Raises:
+      ExperimentError: a file of it is gone or damaged.
+    """
+    try:
+        return _results(run)
+    except (OSError, ValueError, KeyError) as error:
+        raise gone(run, error) from error
+
+
+def gone(run: Run, error: Exception) -> ExperimentError:
+    """What to do where files of a finished run cannot be used any more."""
+    return ExperimentError(
+        f"the finished run in {run.workdir} is not whole ({error}): remove that directory, and the "
+        "same command trains it anew."
+    )
+
+
+def _results(run: Run) -> dict[str, Any]:
     dataset = run.config.dataset
     found = json.loads((run.workdir / "results" / f"{dataset}-test.json").read_text("utf-8"))
     lines = [

@@ -78,7 +78,9 @@ def test_an_arm_is_what_its_name_says_whatever_it_starts_from(
     assert getattr(local, key) == value and local.enabled
 
 
-@pytest.mark.parametrize("changes", [{"eval.protocol": "paper"}, {"train_on_all": True}])
+@pytest.mark.parametrize(
+    "changes", [{"eval.protocol": "paper"}, {"train_on_all": True}, {"eval.alpha": 0.5}]
+)
 def test_only_what_is_chosen_on_val_is_compared(tmp_path, changes):
     more = {"dataset": "icfg_pedes", "eval.alpha": 0.5} if "train_on_all" in changes else {}
     base = config_lib.replace(config_lib.Config(), {**changes, **more})
@@ -141,12 +143,19 @@ def test_people_are_counted_with_their_queries():
     assert runs.found_first(arrays, 1.0) == {"found": [2, 1], "queries": [3, 2]}
 
 
-def test_a_process_of_its_own_answers_or_is_missed():
-    assert runs.alone(divmod, 7, 2) == (3, 1)
+def test_a_process_of_its_own_answers_or_is_missed(tmp_path):
+    run = runs.plan(config_lib.Config(), plans.Arm("itself", {}), 0, tmp_path)
+    assert runs.alone(run, divmod, 7, 2) == (3, 1)
     with pytest.raises(ZeroDivisionError):
-        runs.alone(divmod, 7, 0)
-    with pytest.raises(runs.ExperimentError, match="evaluates 3 was killed"):
-        runs.alone(os._exit, 3)
+        runs.alone(run, divmod, 7, 0)
+    with pytest.raises(runs.ExperimentError, match=r"evaluates \S+seed-0 was killed, perhaps"):
+        runs.alone(run, os._exit, 3)
+
+
+def test_a_finished_run_that_is_not_whole_is_told(tmp_path):
+    run = runs.plan(config_lib.Config(), plans.Arm("itself", {}), 0, tmp_path)
+    with pytest.raises(runs.ExperimentError, match=r"seed-0 is not whole .*json.*: remove that"):
+        runs.results(run)
 
 
 def test_a_run_that_fails_says_why_in_its_own_sentence(tmp_path):

@@ -267,6 +267,8 @@ def test_what_a_killed_process_left_is_put_back_or_removed(report, tmp_path, mon
     for name in (f".tmp-report-{killed.pid}", f".tmp-report-{os.getpid()}", ".tmp-report-1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "loss.png").write_text("")
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / f".report.{killed.pid}.tmp").mkdir()  # just now, perhaps on another machine
     with monkeypatch.context() as patched, pytest.raises(OSError, match="cannot be written"):
         patched.setattr(page.command, "move", full)
         page.write(folder, report._replace(title="another"))
@@ -275,7 +277,9 @@ def test_what_a_killed_process_left_is_put_back_or_removed(report, tmp_path, mon
     page.write(folder, report._replace(title="another"))
     assert "another" in Page(folder / "index.html").text
     # Process 1 lives.
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-report-1", "report"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f".report.{killed.pid}.tmp", ".tmp-report-1", "report"),
+    ]
 
 
 def test_a_folder_that_is_no_reports_is_not_replaced(report, tmp_path):
