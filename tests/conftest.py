@@ -1,8 +1,6 @@
 """Strict modes for every test: no rank promotion, 8 virtual CPU devices, parsed flags.
 
 Programs that one test compiles serve the others, in whatever process, for as long as the tests run.
-They are compiled in a hurry: small ones compile longer than they run. With XLA_FLAGS in the
-environment, also an empty one, they are compiled as that says.
 """
 
 import atexit
@@ -11,7 +9,6 @@ import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the workers have it from the first process
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="itself_jax-compiled-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -47,7 +47,7 @@ def started(commands, devices: int = 1, **environment):
     try:
         for index, command in enumerate(commands):
             env = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "JAX_PLATFORMS": "cpu"}
-            env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
+            env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
             env.pop("JAX_NUM_CPU_DEVICES", None)
             env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{port}"
             env |= {"JAX_NUM_PROCESSES": str(len(commands)), "JAX_PROCESS_ID": str(index)}
