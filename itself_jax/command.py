@@ -190,22 +190,22 @@ def settle(path: pathlib.Path) -> None:
     """Ends what killed processes began: puts back what `move` had put aside, where there is none.
 
     What else they left goes: it is under the names of `move`, of `.NAME.PID.tmp`, or of
-    `.tmp-NAME-PID`. Not what was written to within a minute: on a shared disk, a process of another
-    machine may be at it.
+    `.tmp-NAME-PID`. Not another number's that was written to within a minute: on a shared disk, a
+    process of another machine may be at it.
     """
     name = re.escape(path.name)
-    unfinished = re.compile(rf"\.tmp-{name}-(?P<pid>\d{{1,9}})|\.{name}\.(?P<id>\d{{1,9}})\.tmp")
+    pattern = re.compile(rf"\.tmp-{name}-(\d{{1,9}})|\.{name}\.(\d{{1,9}})\.(tmp|old)")
     for left in list(path.parent.iterdir()) if path.parent.is_dir() else ():
-        if aside := re.fullmatch(rf"\.{name}\.(\d{{1,9}})\.old", left.name):
-            if _is_another_alive(int(aside[1])):
-                continue
-            if not path.exists():
-                os.replace(left, path)
-            else:
-                _remove(left)
-        elif found := unfinished.fullmatch(left.name):
-            is_new = time.time() - left.stat().st_mtime < _UNTOUCHED
-            if not is_new and not _is_another_alive(int(found["pid"] or found["id"])):
+        found = pattern.fullmatch(left.name)
+        if found is None or _is_another_alive(pid := int(found[1] or found[2])):
+            continue
+        with contextlib.suppress(FileNotFoundError):  # another process has just settled it
+            if found[3] == "old":
+                if not path.exists():
+                    os.replace(left, path)
+                else:
+                    _remove(left)
+            elif pid == os.getpid() or time.time() - left.stat().st_mtime > _UNTOUCHED:
                 _remove(left)
 
 
@@ -216,7 +216,7 @@ def _is_another_alive(pid: int) -> bool:
         return False
     except OSError:  # somebody else's
         return True
-    return pid != os.getpid()  # a killed process had our number
+    return pid != os.getpid()  # a killed process had our number: a container starts anew with it
 
 
 def _remove(path: pathlib.Path) -> None:

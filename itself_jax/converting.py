@@ -192,6 +192,7 @@ def write(
     """
     path = pathlib.Path(path).expanduser()
     kind = ending(path, layout=layout, dtype=dtype)
+    command.settle(path.absolute())
     if path.exists() and not force:
         raise weights.WeightsError(
             f"{path} exists already: give another DST, or --force to replace it."
@@ -400,7 +401,6 @@ def _write_checkpoint(
     description = weights.describe(source.weights, source.config)
     meta = {"score": None, weights.DESCRIPTION: description, "kind": source.weights.kind}
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.tmp")
-    command.settle(path.absolute())
     try:
         with checkpoint.Checkpoints(temporary / "checkpoints", log=log) as checkpoints:
             checkpoints.save(source.weights.meta.get("iteration", 0), state, meta)

@@ -91,6 +91,7 @@ def _run(name: str) -> None:
         summary.write(folder, found)
         return found
 
+    found = None
     for seed, of_seed in enumerate(planned):
         missing = [(arm, run) for arm, run in of_seed if not is_done(records[seed][arm.name])]
         for arm, run in missing:
@@ -100,8 +101,8 @@ def _run(name: str) -> None:
             records[seed][arm.name] = record
             command.say(f"{arm.name}, seed {seed}: R@1 {summary.chosen(record):.2f}")
         if missing:
-            tables()
-    command.say(summary.markdown(tables()))
+            found = tables()
+    command.say(summary.markdown(found or tables()))
 
 
 if __name__ == "__main__":

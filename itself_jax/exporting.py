@@ -103,11 +103,11 @@ def export(
     """
     path = pathlib.Path(path).expanduser().resolve()
     _require(formats)
+    command.settle(path)
     _check_place(path, force)
     ready = encoders.load(source, log=log, **options)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        command.settle(path)
         temporary.mkdir()
         parity = write(ready, temporary, log, formats=formats)
         settings = describe(ready, parity)

@@ -324,6 +324,21 @@ def test_what_is_there_is_replaced_by_force_only(kind, tmp_path, unprobed):
     assert converting.examine(target, quiet).weights.num_identities == 5
 
 
+def test_what_a_killed_conversion_had_put_aside_is_back_before_the_next_one(tmp_path, unprobed):
+    source = converting.examine(published.write(tmp_path / "best.pth"), quiet)
+    target = tmp_path / "out" / "folder"
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (target.parent / f".folder.{killed.pid}.old" / "checkpoints").mkdir(parents=True)
+    left = target.parent / f".folder.{killed.pid}.tmp"
+    left.mkdir()
+    os.utime(left, (0, 0))
+    with pytest.raises(weights.WeightsError, match="folder exists already: .* --force"):
+        converting.write(source, target, quiet)
+    assert [path.name for path in target.parent.iterdir()] == ["folder"]
+    assert (target / "checkpoints").is_dir()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bad_numbers_stop_a_conversion_and_leave_nothing(kind, tmp_path, unprobed):
     """Met in the middle of writing, after other arrays are written."""

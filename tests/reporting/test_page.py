@@ -267,7 +267,8 @@ def test_what_a_killed_process_left_is_put_back_or_removed(report, tmp_path, mon
     for name in (f".tmp-report-{killed.pid}", f".tmp-report-{os.getpid()}", ".tmp-report-1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "loss.png").write_text("")
-        os.utime(tmp_path / name, (0, 0))
+        if not name.endswith(f"-{os.getpid()}"):  # of a container that was started again at once
+            os.utime(tmp_path / name, (0, 0))
     (tmp_path / f".report.{killed.pid}.tmp").mkdir()  # just now, perhaps on another machine
     with monkeypatch.context() as patched, pytest.raises(OSError, match="cannot be written"):
         patched.setattr(page.command, "move", full)
